@@ -1,0 +1,385 @@
+"""The chunk-causal Wan2.1 DiT: one set of weights, three uses.
+
+(a) a chunk with a cache context -> its flow and its K, V;
+(b) a teacher-forced pass over a whole clip under the block mask (training);
+(c) a plain chunk-causal pass over a noisy clip with a timestep per frame (diffusion forcing).
+
+Modules and parameter names are those of `diffusers.WanTransformer3DModel`. The model only reads the cache: what a chunk
+adds to it is returned, and `pipeline.rollout` alone commits it.
+
+Shape letters: B batch, C latent channels, F latent frames, H W latent size, L tokens, G timestep groups, D head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.utils.peft_utils import apply_lora_scale
+from einops import rearrange
+from torch import nn
+
+from model.attention import attend, clip_mask
+from model.compressor import HRSpatialCompressor
+from model.geometry import ChunkGeometry
+from model.rope import Rotation, grid_positions, grid_rotation
+
+
+class LayerKV(NamedTuple):
+    """What one layer leaves behind of a chunk, un-rotated. [B, L, heads, D] each, `mid_*` [B, N_c, heads, D]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mid_key: torch.Tensor | None
+    mid_value: torch.Tensor | None
+
+
+@dataclass
+class ChunkKV:
+    """What `PackCache.commit` takes: one `LayerKV` a layer, and the chunk's clean latents [B, C, F, H, W]."""
+
+    layers: list[LayerKV]
+    latents: torch.Tensor
+
+
+@dataclass
+class CausalWanOutput(Transformer2DModelOutput):
+    """`sample`: flow [B, C, F, H, W]; `kv`: the chunk's K, V where a context was given."""
+
+    kv: ChunkKV | None = None
+
+
+class TextKV:
+    """Cross-attention K, V of one batch of prompts, filled by the first forward and reused by the others."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._layers
+
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._layers[layer]
+
+    def __setitem__(self, layer: int, kv: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._layers[layer] = (kv[0].detach(), kv[1].detach())
+
+
+class MidTokens(NamedTuple):
+    """Hidden tokens [B, M, N_c, dim] of archived chunks, with gradient to the compressor, and the chunks' ids [M]."""
+
+    hidden: torch.Tensor
+    chunk_ids: list[int]
+
+
+class CausalWanBlock(WanTransformerBlock):
+    """A Wan block whose self-attention takes its history from a context, or a mask over a whole clip."""
+
+    layer: int  # index of the block, set by the model
+
+    def _project_kv(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated K, V of tokens [B, L, dim] by this layer's own projections: [B, L, heads, D] each."""
+        attn = self.attn1
+        key = attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1))
+        return key, attn.to_v(hidden).unflatten(2, (attn.heads, -1))
+
+    def _self_attention(self, x, rotation, mask, context, mid_tokens):
+        """x [B, L, dim] -> attention output [B, L, dim], (query, key, value) un-rotated."""
+        attn, backend = self.attn1, self.attn1.processor._attention_backend
+        query = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
+        key, value = self._project_kv(x)  # [B, L, heads, D]
+        rotated_query, rotated_key = rotation(query), rotation(key)
+        if context is None:
+            out = attend(rotated_query, rotated_key, value, backend, mask)  # [B, L, heads, D]
+        else:
+            selected = context.select(self.layer, query)  # [B, k] chunk ids
+            mid = None
+            if mid_tokens is not None and selected.shape[1]:
+                mid = self._project_kv(_gather_chunks(mid_tokens, selected))
+            keys, values = context.extend(self.layer, selected, rotated_key, value, mid)  # [B, history + L, heads, D]
+            out = attend(rotated_query, keys, values, backend)  # [B, L, heads, D]
+        out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
+        return attn.to_out[1](out), (query, key, value)
+
+    def _cross_attention(self, x, text, text_kv):
+        """x [B, L, dim], text [B, text_len, dim] -> [B, L, dim]."""
+        attn = self.attn2
+        query = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
+        if text_kv is not None and self.layer in text_kv:
+            key, value = text_kv[self.layer]
+        else:
+            key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))  # [B, text_len, heads, D]
+            value = attn.to_v(text).unflatten(2, (attn.heads, -1))
+            if text_kv is not None:
+                text_kv[self.layer] = (key, value)
+        out = attend(query, key, value, attn.processor._attention_backend)  # [B, L, heads, D]
+        out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
+        return attn.to_out[1](out)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb: torch.Tensor,
+        rotary_emb: Rotation,
+        mask=None,
+        context=None,
+        mid_tokens: MidTokens | None = None,
+        new_mid: torch.Tensor | None = None,
+        text_kv: TextKV | None = None,
+    ) -> tuple[torch.Tensor, LayerKV]:
+        """hidden_states [B, L, dim], temb [B, G, 6, dim] -> [B, L, dim] and what the layer leaves behind.
+
+        G timestep groups share the L tokens evenly. `new_mid` [B, N_c, dim]: the chunk's own compressed tokens.
+        """
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
+        groups = temb.shape[1]
+
+        def modulate(x, scale, shift):  # [B, L, dim] -> [B, L, dim], in float32 as Wan does
+            x = x.unflatten(1, (groups, -1)) * (1 + scale[:, :, None]) + shift[:, :, None]
+            return x.flatten(1, 2).type_as(hidden_states)
+
+        def residual(x, update, gate):
+            update = update.unflatten(1, (groups, -1)) * gate[:, :, None]  # [B, G, L/G, dim]
+            return (x.float() + update.flatten(1, 2)).type_as(hidden_states)
+
+        x = modulate(self.norm1(hidden_states.float()), scale, shift)  # [B, L, dim]
+        x, (query, key, value) = self._self_attention(x, rotary_emb, mask, context, mid_tokens)
+        hidden_states = residual(hidden_states, x, gate)
+
+        x = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self._cross_attention(x, encoder_hidden_states, text_kv)
+
+        x = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift)
+        hidden_states = residual(hidden_states, self.ffn(x).float(), ffn_gate)
+
+        mid_key, mid_value = (None, None) if new_mid is None else self._project_kv(new_mid)
+        return hidden_states, LayerKV(query, key, value, mid_key, mid_value)
+
+
+def _gather_chunks(tokens: MidTokens, selected: torch.Tensor) -> torch.Tensor:
+    """Hidden tokens of the selected chunks: [B, k] ids -> [B, k * N_c, dim]."""
+    place = {chunk: i for i, chunk in enumerate(tokens.chunk_ids)}
+    index = torch.tensor([[place[chunk] for chunk in row] for row in selected.tolist()])
+    rows = torch.arange(len(index))[:, None]
+    return tokens.hidden[rows.to(tokens.hidden.device), index.to(tokens.hidden.device)].flatten(1, 2)
+
+
+class CausalWanModel(WanTransformer3DModel):
+    """Chunk-causal Wan2.1 T2V transformer.
+
+    Takes `WanTransformer3DModel`'s settings (and loads its checkpoints), and:
+
+    Args:
+        text_len: length that prompt embeddings are padded to with zeros, as Wan does.
+        frames_per_chunk: latent frames generated together, B_f.
+        compressor: `hr_spatial`, or `identity` for full-resolution mid tokens (no parameters).
+        compressor_channels: widths of the compressor's strided stages.
+    """
+
+    _no_split_modules = ["CausalWanBlock"]
+    _repeated_blocks = ["CausalWanBlock"]
+    _cp_plan = None
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 8960,
+        num_layers: int = 30,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+        text_len: int = 512,
+        frames_per_chunk: int = 3,
+        compressor: str = "hr_spatial",
+        compressor_channels: tuple[int, ...] = (64, 256, 1024),
+    ) -> None:
+        if image_dim is not None or added_kv_proj_dim is not None:
+            raise ValueError(f"image_dim={image_dim}: CausalWanModel is text-to-video only; leave image settings unset")
+        super().__init__(
+            patch_size=patch_size,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_dim=text_dim,
+            freq_dim=freq_dim,
+            ffn_dim=ffn_dim,
+            num_layers=num_layers,
+            cross_attn_norm=cross_attn_norm,
+            qk_norm=qk_norm,
+            eps=eps,
+            rope_max_seq_len=rope_max_seq_len,
+        )
+        dim = num_attention_heads * attention_head_dim
+        self.rope = None  # positions come by formula (model/rope.py), not from a table
+        self.blocks = nn.ModuleList(
+            CausalWanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
+        )
+        for layer, block in enumerate(self.blocks):
+            block.layer = layer
+        if compressor == "hr_spatial":
+            self.pack_compressor = HRSpatialCompressor(in_channels, compressor_channels, dim)
+        elif compressor == "identity":
+            self.pack_compressor = None
+        else:
+            raise ValueError(f"compressor is {compressor!r}: expected hr_spatial or identity")
+
+    def geometry(self, latent_height: int, latent_width: int) -> ChunkGeometry:
+        """Shape numbers of this model's chunks at a latent size."""
+        return ChunkGeometry(self.config.frames_per_chunk, latent_height, latent_width, tuple(self.config.patch_size))
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        context=None,
+        clean_hidden_states: torch.Tensor | None = None,
+        clean_timestep: torch.Tensor | None = None,
+        return_kv: bool = True,
+        train_compressor: bool = False,
+        text_kv: TextKV | None = None,
+    ) -> CausalWanOutput | tuple[torch.Tensor, ChunkKV | None]:
+        """Flow of noisy latents.
+
+        Args:
+            hidden_states: noisy latents [B, C, F, H, W]; F is one chunk with `context`, else a multiple of the chunk.
+            timestep: [B], or [B, F] per frame, in 0..1000.
+            encoder_hidden_states: prompt embeddings [B, <= text_len, text_dim].
+            context: `ChunkContext` of the chunk, from `PackCache.context()`; use (a).
+            clean_hidden_states: clean latents [B, C, F, H, W]. Without a context: use (b), teacher forcing. With one:
+                what the compressor sees, where that differs from `hidden_states`.
+            clean_timestep: [B] or [B, F] of the clean half in (b); 0 by default.
+            return_kv: with a context, also return the chunk's K, V (and its compressed ones where it will need them).
+            train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
+            text_kv: memo of the prompts' cross-attention K, V, filled where empty.
+
+        Raises:
+            ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning.
+        """
+        if encoder_hidden_states_image is not None:
+            raise ValueError("encoder_hidden_states_image: CausalWanModel is text-to-video only")
+        batch, _, frames, height, width = hidden_states.shape
+        geometry, chunk = self.geometry(height, width), self.config.frames_per_chunk
+        if frames != chunk if context is not None else frames % chunk:
+            raise ValueError(f"{frames} latent frames do not fit chunks of {chunk} (set frames_per_chunk)")
+        teacher_forcing = context is None and clean_hidden_states is not None
+
+        timestep = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
+        latents = hidden_states
+        if teacher_forcing:
+            timestep = timestep.expand(-1, frames)
+            if clean_timestep is None:
+                clean_timestep = torch.zeros_like(timestep)
+            clean_timestep = clean_timestep if clean_timestep.ndim == 2 else clean_timestep[:, None]
+            timestep = torch.cat((clean_timestep.expand(-1, frames), timestep), dim=1)  # [B, 2F]
+            latents = torch.cat((clean_hidden_states, hidden_states), dim=2)  # [B, C, 2F, H, W]
+
+        x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
+        temb, modulation = self._embed_time(timestep, x.dtype)  # [B, G, dim], [B, G, 6, dim]
+        text = self._embed_text(encoder_hidden_states, text_kv)  # [B, text_len, dim] or None
+
+        mid_tokens = new_mid = mask = None
+        if context is not None:
+            rotation = context.query_rotation(x.device)
+            if train_compressor and context.uses_compressor:
+                mid_tokens = self._compress_archived(context)
+            if return_kv and context.will_be_compressed and context.uses_compressor:
+                source = hidden_states if clean_hidden_states is None else clean_hidden_states
+                new_mid = self.pack_compressor(source)  # [B, N_c, dim]
+        else:
+            rotation = self._clip_rotation(geometry, frames, teacher_forcing, x.device)
+            mask = clip_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
+
+        layers = []
+        for block in self.blocks:
+            arguments = (x, text, modulation, rotation, mask, context, mid_tokens, new_mid, text_kv)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, layer_kv = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                x, layer_kv = block(*arguments)  # [B, L, dim]
+            if context is not None and return_kv:
+                layers.append(layer_kv)
+
+        sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
+        sample = sample[:, :, -frames:]  # [B, C, F, H, W]
+        kv = None
+        if layers:
+            kv = ChunkKV(layers, hidden_states if clean_hidden_states is None else clean_hidden_states)
+        return CausalWanOutput(sample=sample, kv=kv) if return_dict else (sample, kv)
+
+    def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """timestep [B, G] -> temb [B, G, dim] and modulation [B, G, 6, dim]."""
+        embedder = self.condition_embedder
+        sinusoid = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)  # [B, G, freq_dim]
+        sinusoid = sinusoid.to(embedder.time_embedder.linear_1.weight.dtype)
+        temb = embedder.time_embedder(sinusoid).to(dtype)  # [B, G, dim]
+        return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
+
+    def _embed_text(self, prompt_embeds: torch.Tensor, text_kv: TextKV | None) -> torch.Tensor | None:
+        """[B, n, text_dim], n <= text_len -> [B, text_len, dim]; None where every layer has its K, V already."""
+        if text_kv is not None and len(self.blocks) - 1 in text_kv:
+            return None
+        missing = self.config.text_len - prompt_embeds.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"prompt embeddings have {prompt_embeds.shape[1]} tokens: text_len is {self.config.text_len}"
+            )
+        padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, text_len, text_dim]
+        return self.condition_embedder.text_embedder(padded)
+
+    def _compress_archived(self, context) -> MidTokens | None:
+        """Hidden tokens, with gradient, of the archived chunks that this forward may attend."""
+        chunk_ids, latents = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W]
+        if not chunk_ids:
+            return None
+        hidden = self.pack_compressor(latents.flatten(0, 1))  # [B * M, N_c, dim]
+        return MidTokens(hidden.unflatten(0, latents.shape[:2]), chunk_ids)
+
+    def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:
+        times = torch.arange(frames, dtype=torch.float64, device=device)
+        rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
+        return grid_rotation(times.repeat(2) if repeat else times, rows, cols, self.config.attention_head_dim)
+
+    def _project_out(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """x [B, L, dim], temb [B, G, dim] -> [B, L, C * prod(patch)]."""
+        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)  # [B, G, dim] each
+        out = self.norm_out(x.float()).unflatten(1, (temb.shape[1], -1))  # [B, G, L/G, dim]
+        out = out * (1 + scale[:, :, None]) + shift[:, :, None]
+        return self.proj_out(out.flatten(1, 2).type_as(x))
+
+    def _unpatchify(self, x: torch.Tensor, frames: int, geometry: ChunkGeometry) -> torch.Tensor:
+        _, patch_h, patch_w = geometry.patch_size
+        h, w = geometry.grid
+        return rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=frames, h=h, w=w, ph=patch_h, pw=patch_w)
+
+    @classmethod
+    def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":
+        """A causal model with the weights of a bidirectional one; a compressor, if any, is freshly initialised."""
+        known = {k: v for k, v in wan.config.items() if not k.startswith("_")}
+        model = cls(**{**known, **settings})
+        state = {k: v for k, v in wan.state_dict().items() if not k.startswith("rope.")}
+        result = model.load_state_dict({**model.state_dict(), **state})
+        assert not result.missing_keys and not result.unexpected_keys
+        return model

@@ -1,0 +1,96 @@
+"""Wan's 3-D rotary position embedding, by formula from positions.
+
+Angles come from positions in float64 and are cast afterwards, so there is no table and no length limit, and positions
+may be negative or fractional. Only position differences reach the attention scores: the current chunk sits at time 0
+and its history at negative times.
+
+Shape suffixes: B batch, L tokens, F frames, h/w token rows and columns, H heads, D head dim.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from model.geometry import ChunkGeometry
+
+THETA = 10000.0
+
+
+def rope_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels for (time, height, width): D - 4*(D//6), 2*(D//6), 2*(D//6), as in Wan2.1."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """positions [..., N] -> float64 angles [..., N, dim / 2]."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    return positions.to(torch.float64)[..., None] * THETA**-exponents
+
+
+class Rotation:
+    """cos and sin of the angles of some tokens, each [B or 1, L, 1, D/2] float32."""
+
+    __slots__ = ("cos", "sin")
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
+        self.cos, self.sin = cos, sin
+
+    def __call__(self, x_BLHD: torch.Tensor) -> torch.Tensor:
+        """Rotate interleaved channel pairs; computed in float32, returned in the input's dtype."""
+        even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2] each
+        rotated = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        return rotated.flatten(-2).type_as(x_BLHD)  # [B, L, H, D]
+
+
+def grid_rotation(times: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, head_dim: int) -> Rotation:
+    """Rotation of the tokens of frames at `times` on a grid of `rows` x `cols`, in time-major order.
+
+    Args:
+        times: [F] or [B, F] temporal positions in latent frames.
+        rows, cols: [h] and [w] spatial positions in patches.
+
+    Returns:
+        `Rotation` for L = F*h*w tokens.
+    """
+    times = times if times.ndim == 2 else times[None]  # [B or 1, F]
+    dim_t, dim_h, dim_w = rope_dims(head_dim)
+    shape = (times.shape[0], times.shape[1], len(rows), len(cols))
+    parts = (
+        _angles(times, dim_t)[:, :, None, None].expand(*shape, -1),
+        _angles(rows, dim_h)[None, None, :, None].expand(*shape, -1),
+        _angles(cols, dim_w)[None, None, None, :].expand(*shape, -1),
+    )
+    angles = torch.cat(parts, dim=-1).flatten(1, 3)[:, :, None]  # [B or 1, L, 1, D/2]
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def time_rotation(times: torch.Tensor, head_dim: int) -> Rotation:
+    """Rotation that shifts tokens by `times` [L] or [B, L] latent frames and leaves their spatial positions."""
+    times = times if times.ndim == 2 else times[None]
+    dim_t, dim_h, dim_w = rope_dims(head_dim)
+    time = _angles(times, dim_t)
+    angles = torch.cat((time, time.new_zeros(*time.shape[:-1], (dim_h + dim_w) // 2)), dim=-1)[:, :, None]
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def grid_positions(size: int, full_size: int, aligned: bool, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Positions of `size` tokens along one spatial axis of a frame of `full_size` patches.
+
+    `aligned`: the centre of the patches a token stands for, (i + 0.5) * full_size / size - 0.5; else 0..size-1.
+    """
+    index = torch.arange(size, dtype=torch.float64, device=device)
+    return (index + 0.5) * full_size / size - 0.5 if aligned else index
+
+
+def frame_times(start: float, span: float, frames: int) -> torch.Tensor:
+    """Positions of `frames` compressed frames that share `span` latent frames: start + (f + 0.5) * span / n - 0.5."""
+    return start + (torch.arange(frames, dtype=torch.float64) + 0.5) * span / frames - 0.5
+
+
+@lru_cache(maxsize=64)  # in steady state every chunk asks for the same few
+def chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
+    """Rotation of a full-resolution chunk whose first latent frame is at time `start`."""
+    times = start + torch.arange(geometry.frames, dtype=torch.float64, device=device)
+    rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
+    return grid_rotation(times, rows, cols, head_dim)
