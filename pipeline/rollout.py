@@ -97,7 +97,7 @@ class Rollout:
         return self.schedule.warp(steps) if self.sampler.warp else torch.tensor(steps, dtype=torch.float32)
 
     def run(self, num_chunks: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (chunk index, finished latents [B, C, F, H, W], float32); the chunk is committed before it is yielded."""
+        """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit."""
         for _ in range(num_chunks):
             index, context = self.cache.num_chunks, self.cache.context()
             self.mid_tokens_attended = max(self.mid_tokens_attended, context.attended_mid_tokens())
