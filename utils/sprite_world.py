@@ -1,7 +1,8 @@
-"""Sprite world: captioned clips drawn on the fly by a seeded numpy program, with exact ground truth for every attribute.
+"""Sprite world: captioned clips drawn on the fly by a seeded numpy program, with exact ground truth.
 
-A clip is a pure function of (seed, index): `sample_spec` draws what it shows, `caption` says it (or most of it), `render`
-draws it. Indices from `HELD_OUT_START` on are held out, and so are the colour and shape pairs in `HELD_OUT_PAIRS`.
+A clip is a pure function of (seed, index): `sample_spec` draws what it shows, `caption` says it (or most of it),
+`render` draws it. Indices from `HELD_OUT_START` on are held out, and so are the colour and shape pairs in
+`HELD_OUT_PAIRS`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class SpriteSpec:
     """What one clip shows, and which of its words the caption keeps.
 
     Lengths are fractions of the frame height (`diameter`, `orbit`) or of the free range of the sprite's centre
-    (`start_x`, `start_y`); `speed` is in px/s and `angle` in radians, clockwise from the x axis as the y axis points down.
+    (`start_x`, `start_y`); `speed` is in px/s and `angle` in radians, clockwise from the x axis as y points down.
     """
 
     colour: str
@@ -266,7 +267,7 @@ def render(spec: SpriteSpec, num_frames: int, height: int = HEIGHT, width: int =
 def render_layers(
     specs: list[SpriteSpec], num_frames: int, height: int = HEIGHT, width: int = WIDTH, fps: float = FPS
 ) -> np.ndarray:
-    """The first spec's clip with the sprites of the others drawn under its own: uint8 [num_frames, height, width, 3]."""
+    """The first spec's clip, the sprites of the others under its own: uint8 [num_frames, height, width, 3]."""
     if num_frames < 1:
         raise ValueError(f"num_frames must be >= 1, got {num_frames}")
     if height < 16 or width < 16 or height % 16 or width % 16:

@@ -1,0 +1,203 @@
+"""The readers against ground truth: raw renders, degraded ones, and videos that go wrong in known ways."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.metrics import ATTRIBUTES, accuracy, read_seconds, score
+from utils.sprite_world import (
+    DRIFTS,
+    FPS,
+    HELD_OUT_START,
+    MOTIONS,
+    CaptionFacts,
+    SpriteSpec,
+    background_image,
+    caption,
+    draw_sprite,
+    render,
+    sample_spec,
+)
+from utils.video import VideoWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOOR = 0.99
+
+
+def truth(spec: SpriteSpec) -> CaptionFacts:
+    return CaptionFacts(spec.colour, spec.shape, spec.motion, spec.background, spec.pattern)
+
+
+def rates(videos: list[tuple[SpriteSpec, np.ndarray]]) -> dict[str, float]:
+    right, total = Counter(), Counter()
+    for spec, frames in videos:
+        for mark in score(read_seconds(frames, FPS), truth(spec)):
+            total[mark.attribute] += 1
+            right[mark.attribute] += mark.right
+    return {name: right[name] / total[name] for name in total}
+
+
+def degrade(frames: np.ndarray, seed: int) -> np.ndarray:
+    """Blur of one pixel, noise of 10 levels and a tint: worse than a VAE is allowed to be."""
+    rng = np.random.default_rng(seed)
+    weights = np.exp(-(np.arange(-3, 4) ** 2) / 2.0)
+    weights /= weights.sum()
+    soft = frames.astype(np.float64)
+    for axis in (1, 2):
+        soft = sum(weight * np.roll(soft, shift, axis) for weight, shift in zip(weights, range(-3, 4), strict=True))
+    soft += rng.normal(0, 10, soft.shape) + rng.normal(0, 6, (1, 1, 1, 3))
+    return np.clip(soft, 0, 255).astype(np.uint8)
+
+
+def test_raw_renders_are_read_right():
+    specs = [sample_spec(5, HELD_OUT_START + index) for index in range(200)]
+    result = rates([(spec, render(spec, 4 * FPS)) for spec in specs])
+    assert set(result) == {"present", *ATTRIBUTES}
+    assert min(result.values()) >= FLOOR, result
+
+
+def test_blurred_noisy_renders_are_read_right():
+    specs = [sample_spec(6, HELD_OUT_START + index) for index in range(30)]
+    result = rates([(spec, degrade(render(spec, 3 * FPS), index)) for index, spec in enumerate(specs)])
+    assert min(result.values()) >= 0.97, result
+
+
+@pytest.mark.parametrize("size", [(32, 48), (96, 160)])
+def test_other_frame_sizes(size):
+    # Speeds are in px/s whatever the size: motions of small frames are over too soon, of large ones too short to tell.
+    specs = [sample_spec(7, HELD_OUT_START + index) for index in range(12)]
+    result = rates([(spec, render(spec, 2 * FPS, *size)) for spec in specs])
+    assert min(value for name, value in result.items() if name != "motion") >= 0.95, result
+
+
+@pytest.mark.parametrize("motion", DRIFTS)
+def test_sprite_on_the_border_is_one_sprite(motion):
+    spec = replace(sample_spec(0, 2), motion=motion, speed=30.0, start_x=0.0, start_y=0.0)
+    readings = read_seconds(render(spec, 4 * FPS), FPS)
+    assert all(mark.right for mark in score(readings, truth(spec)))
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_motion_is_read_from_the_second_second_on(motion):
+    spec = replace(sample_spec(0, 2), motion=motion)
+    assert [reading.motion for reading in read_seconds(render(spec, 3 * FPS), FPS)] == [None, motion, motion]
+
+
+def test_a_standing_sprite_is_still():
+    frames = np.repeat(render(sample_spec(0, 2), 1), 3 * FPS, axis=0)
+    assert [reading.motion for reading in read_seconds(frames, FPS)] == [None, "still", "still"]
+
+
+def test_a_circle_run_backwards_is_no_circle():
+    spec = replace(sample_spec(0, 2), motion="circles", speed=28.0)
+    backwards = render(spec, 3 * FPS)[::-1]
+    assert "circles" not in [reading.motion for reading in read_seconds(backwards, FPS)]
+
+
+def test_no_sprite_and_two_sprites_are_not_present():
+    spec = replace(sample_spec(0, 2), motion="drifts left", start_x=0.25, start_y=0.5)
+    ground = background_image(spec.background, spec.pattern)
+    bare = np.repeat(ground[None], FPS, axis=0)
+    assert not read_seconds(bare.round().astype(np.uint8), FPS)[0].present
+    two = bare.copy()
+    draw_sprite(two, spec)
+    assert read_seconds(two.round().astype(np.uint8), FPS)[0].present
+    draw_sprite(two, replace(spec, start_x=0.75))
+    reading = read_seconds(two.round().astype(np.uint8), FPS)[0]
+    assert not reading.present
+    assert reading.shape is None and reading.colour is None
+    assert (reading.background, reading.pattern) == (spec.background, spec.pattern)
+
+
+def test_a_colour_that_changes_is_wrong_from_then_on():
+    spec = replace(sample_spec(0, 2), colour="red", background="blue")
+    other = replace(spec, colour="yellow", background="green")
+    frames = np.concatenate([render(spec, 8 * FPS)[: 6 * FPS], render(other, 8 * FPS)[6 * FPS :]])
+    readings = read_seconds(frames, FPS)
+    captioned = score(readings, truth(spec))
+    left_out = score(readings, replace(truth(spec), colour=None, background=None))
+    for marks, said in ((captioned, True), (left_out, False)):
+        early, late = accuracy(marks, said, range(0, 6)), accuracy(marks, said, range(6, 8))
+        assert early["colour"] == early["background"] == 1.0
+        assert late["colour"] == late["background"] == 0.0
+    assert accuracy(left_out, True, range(6, 8))["shape"] == 1.0
+    assert "colour" not in accuracy(left_out, True, range(6, 8))
+
+
+def test_the_wrong_caption_is_marked_wrong():
+    spec = replace(sample_spec(0, 2), motion="drifts up")
+    readings = read_seconds(render(spec, 3 * FPS), FPS)
+    wrong = CaptionFacts("white", "circle", "circles", "white", "gradient")
+    assert (spec.colour, spec.shape, spec.background, spec.pattern) == ("red", "square", "magenta", "plain")
+    marks = score(readings, wrong)
+    assert set(accuracy(marks, True, range(3)).items()) == {("present", 1.0), *((name, 0.0) for name in ATTRIBUTES)}
+
+
+def test_frames_that_cannot_be_read_are_refused():
+    with pytest.raises(ValueError, match="less than one second"):
+        read_seconds(render(sample_spec(0, 2), 8), FPS)
+    with pytest.raises(ValueError, match="uint8"):
+        read_seconds(np.zeros((16, 64, 96, 3), np.float32), FPS)
+
+
+def evaluate(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write_video(folder: Path, name: str, spec: SpriteSpec, seconds: int) -> Path:
+    path = folder / f"{name}.mp4"
+    with VideoWriter(path, FPS, 64, 96) as writer:
+        writer.append(render(spec, seconds * FPS))
+    path.with_suffix(".json").write_text(json.dumps({"prompt": caption(spec), "fps": FPS}))
+    return path
+
+
+def test_evaluate_reads_a_folder_of_videos(tmp_path):
+    spec = sample_spec(0, HELD_OUT_START)
+    write_video(tmp_path, "000", replace(spec, say_colour=False), 5)
+    path = write_video(tmp_path, "001", replace(spec, say_colour=True), 5)
+    wrong = "a red circle bounces over a white stripes"
+    path.with_suffix(".json").write_text(json.dumps({"prompt": wrong, "fps": FPS}))
+    done = evaluate(str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["videos"] == 2 and set(result["windows"]) == {"0-5 s"}
+    first = result["per_video"]["000.mp4"]["0-5 s"]
+    assert first["left_out"] == {"colour": 1.0}
+    assert set(first["captioned"].values()) == {1.0} and "colour" not in first["captioned"]
+    second = result["per_video"]["001.mp4"]["0-5 s"]["captioned"]
+    expected = {"shape": "circle", "motion": "bounces", "background": "white", "pattern": "stripes"}
+    assert {name: second[name] == 1.0 for name in expected} == {n: getattr(spec, n) == v for n, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "word"),
+    [
+        (None, "000.json"),
+        ("{", "not valid JSON"),
+        ('{"prompt": "a red circle bounces over a blue plain"}', "fps"),
+        ('{"prompt": "a purple circle bounces over a blue plain", "fps": 16}', "purple"),
+        ('{"prompt": "", "fps": 0}', "positive"),
+    ],
+)
+def test_evaluate_refuses_bad_input_in_one_line(tmp_path, sidecar, word):
+    path = write_video(tmp_path, "000", sample_spec(0, HELD_OUT_START), 1)
+    path.with_suffix(".json").unlink()
+    if sidecar is not None:
+        path.with_suffix(".json").write_text(sidecar)
+    done = evaluate(str(path))
+    assert done.returncode == 2
+    assert word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_evaluate_names_what_is_missing(tmp_path):
+    for path, word in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no finished .mp4")):
+        done = evaluate(str(path))
+        assert done.returncode == 2 and word in done.stderr
