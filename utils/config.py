@@ -75,6 +75,16 @@ class Spatial(str, Enum):
     aligned = "aligned"
 
 
+class OptimizerKind(str, Enum):
+    adamw = "adamw"
+    muon = "muon"  # the blocks' matrices by Muon, everything else by AdamW
+
+
+class LossWeighting(str, Enum):
+    bell = "bell"  # the schedule's training weight: most at t = 500, none at t = 1000
+    none = "none"
+
+
 class SamplerKind(str, Enum):
     few_step = "few_step"
     euler = "euler"
@@ -106,6 +116,8 @@ class ModelConfig:
     in_channels: int = 16
     text_dim: int = 4096
     text_len: int = 512
+    text_layers: int = 2  # of the small text encoder that a teacher trains along
+    text_heads: int = 4
     freq_dim: int = 256
     cross_attn_norm: bool = True
     eps: float = 1e-6
@@ -167,11 +179,21 @@ class InferenceConfig:
 
 @dataclass
 class OptimizerConfig:
+    kind: OptimizerKind = OptimizerKind.adamw
     lr: float = 2e-6
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     weight_decay: float = 0.01
     warmup_steps: int = 0
-    decay: str = "constant"  # constant | cosine | linear, over max_steps
+    decay_steps: int = 0  # the last steps of the run, over which the rate falls linearly to zero
+
+
+@dataclass
+class PhaseConfig:
+    """A stretch of training with its own clip length and batch."""
+
+    steps: int
+    frames: int  # latent frames, counted from the clip's start
+    batch_size: int  # per rank and micro-step
 
 
 @dataclass
@@ -182,6 +204,7 @@ class TrainConfig:
     batch_size: int = 1  # per rank and micro-step
     gradient_accumulation: int = 1
     total_batch_size: int | None = None  # checked against world size x batch_size x gradient_accumulation
+    phases: list[PhaseConfig] = field(default_factory=list)  # curriculum in place of batch_size; the last one goes on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     max_grad_norm: float = 10.0
     ema_decay: float = 0.99
@@ -194,9 +217,12 @@ class TrainConfig:
     log_every: int = 1
     sample_every: int = 0  # steps between fixed-prompt sample videos; 0: never
     sample_prompts: list[str] = field(default_factory=list)
+    sample_held_out: int = 0  # further sample prompts: the first captions of the sprite world's held-out split
     sample_frames: int = 21  # latent frames
-    init_from: str | None = None  # transformer folder or checkpoint this stage starts from
+    init_from: str | None = None  # transformer folder this stage starts from; null: the `model` section, random weights
+    text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
     shift: float = 5.0  # of the training noise schedule
+    loss_weighting: LossWeighting = LossWeighting.bell
     prompt_dropout: float = 0.0  # share of captions replaced by the negative prompt
     context_noise_timestep: float = 0.0  # noise level of the clean context in teacher forcing, 0..1000
     tracker: str | None = None  # null | wandb | tensorboard
@@ -208,7 +234,9 @@ class TrainConfig:
 class DataConfig:
     kind: str = "sprites"  # sprites: rendered on the fly; latents: a folder of prepared shards
     path: str | None = None  # folder of latent shards (written once where kind is sprites)
+    vae: str | None = None  # VAE folder that encodes the clips and decodes the samples
     num_clips: int = 4096
+    num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
     clip_frames: int = 45  # pixel frames; 4n + 1
 
 
@@ -342,6 +370,21 @@ def validate(config: Config) -> None:
     require(train.batch_size > 0, "train.batch_size", train.batch_size, "must be positive")
     require(train.gradient_accumulation > 0, "train.gradient_accumulation", train.gradient_accumulation,
             "must be positive")  # fmt: skip
+    for i, phase in enumerate(train.phases):
+        for name in ("steps", "frames", "batch_size"):
+            value = getattr(phase, name)
+            require(value > 0, f"train.phases[{i}].{name}", value, "must be positive")
+    require(len(train.optimizer.betas) == 2 and all(0 <= beta < 1 for beta in train.optimizer.betas),
+            "train.optimizer.betas", train.optimizer.betas, "must be two numbers in [0, 1)")  # fmt: skip
+    require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "must lie in [0, 1)")
+    require(0 <= train.prompt_dropout <= 1, "train.prompt_dropout", train.prompt_dropout, "must lie in [0, 1]")
+    require(0 <= train.context_noise_timestep <= 1000, "train.context_noise_timestep", train.context_noise_timestep,
+            "must lie in [0, 1000]")  # fmt: skip
+    require(train.mixed_precision in ("no", "bf16"), "train.mixed_precision", train.mixed_precision,
+            "must be no or bf16")  # fmt: skip
+    require(train.tracker in (None, "wandb", "tensorboard"), "train.tracker", train.tracker,
+            "must be null, wandb or tensorboard")  # fmt: skip
+    require(data.kind in ("sprites", "latents"), "data.kind", data.kind, "must be sprites or latents")
     require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
 
 
