@@ -1,9 +1,12 @@
 """Wan2.1 <-> diffusers parameter names."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors import safe_open
 
 from utils.convert import diffusers_to_wan, is_wan_layout, strip_prefixes, wan_to_diffusers
 
@@ -27,6 +30,13 @@ def test_agrees_with_diffusers_own_converter(diffusers_names):
     wan = {diffusers_to_wan(name): torch.empty(0) for name in diffusers_names}
     ours = {wan_to_diffusers(name) for name in wan}
     assert set(convert_wan_transformer_to_diffusers(dict(wan))) == ours
+
+
+def test_covers_recorded_wan_weights():
+    with safe_open(Path(__file__).parent / "data" / "golden" / "wan_weights.safetensors", "pt") as file:
+        wan = list(file.keys())
+    assert len(wan) == 96 and is_wan_layout(wan)
+    assert [diffusers_to_wan(wan_to_diffusers(name)) for name in wan] == wan
 
 
 @pytest.mark.parametrize("name", COMPRESSOR)

@@ -139,18 +139,25 @@ def _diffusers_names(raw: dict[str, torch.Tensor], source: str | Path) -> dict[s
     return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str | Path) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    source: str | Path,
+    fresh: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Give `model` (which may be on the meta device) exactly these tensors, without copying them.
 
-    Raises `CheckpointError` naming missing, unexpected and misshapen parameters: a few of each, and their count.
+    `fresh` holds parameters that the checkpoint is known to lack. Raises `CheckpointError` naming missing, unexpected
+    and misshapen parameters: a few of each, and their count.
     """
     own = model.state_dict()
-    common = own.keys() & weights.keys()
-    if not common:
+    if not own.keys() & weights.keys():
         raise CheckpointError(
             f"checkpoint {source} is not one of a {type(model).__name__}: it has no parameter of it, but "
             f"{_some(weights) or 'nothing'}"
         )
+    weights = weights | (fresh or {})
+    common = own.keys() & weights.keys()
     shapes = [
         f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own

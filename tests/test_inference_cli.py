@@ -1,0 +1,276 @@
+"""`inference_packforcing.py` end to end on a random tiny bundle: files, repeatability, re-runs, kills and bad input."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import inference_packforcing
+from inference_packforcing import main
+from pipeline import inference
+from pipeline.jobs import plan, slug
+from tests import tiny
+from utils.video import frame_rate, read_video
+
+PROMPTS = ["a red circle bounces over a blue plain", "a green shape circles over a gradient", "blue"]
+FIRST, SECOND, THIRD = (f"{i:04d}_{prompt.replace(' ', '-')}" for i, prompt in enumerate(PROMPTS))
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return tiny.write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, bundle):
+    """Command line with any flag or override changed: arguments(folder, "--seconds", "1", data_path=...)."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "config.yaml").write_text(tiny.CONFIG)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n\n" + PROMPTS[2] + "\n")
+
+    def build(output, *more, **flags):
+        flags = {"config_path": folder / "config.yaml", "data_path": folder / "prompts.txt", **flags}
+        named = [f"--{name}={value}" for name, value in {**flags, "output_folder": output}.items() if value is not None]
+        return [*named, f"model.bundle={bundle}", *more]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(arguments(folder)) == 0
+    return folder
+
+
+def fails(capsys, argv, *expected):
+    """The command ends with exit code 2 and one line that says all of `expected`."""
+    assert main(argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for text in expected:
+        assert text in lines[0]
+
+
+def test_writes_a_video_and_a_sidecar_per_prompt(finished):
+    names = {f"{name}.{kind}" for name in (FIRST, SECOND, THIRD) for kind in ("mp4", "json")}
+    assert {path.name for path in finished.iterdir()} == names
+    video = read_video(finished / f"{FIRST}.mp4")
+    assert video.shape == (13, tiny.HEIGHT, tiny.WIDTH, 3) and video.std() > 1
+    assert frame_rate(finished / f"{FIRST}.mp4") == 16
+
+    sidecar = json.loads((finished / f"{THIRD}.json").read_text())
+    assert (sidecar["prompt"], sidecar["index"], sidecar["sample"], sidecar["seed"]) == ("blue", 2, 0, 0)
+    assert (sidecar["fps"], sidecar["frames"], sidecar["latent_frames"], sidecar["chunks"]) == (16, 13, 4, 2)
+    assert sidecar["config"]["cache"]["top_k"] == 1 and sidecar["config"]["cache"]["selection"] == "query_score"
+    assert len(sidecar["weights"]["transformer"]) == 64
+    assert sidecar["cache"]["sink"] == {"tokens": 12, "bytes": 12 * 2 * 2 * 24 * 4}
+    assert sidecar["versions"]["torch"] and sidecar["timing"]["seconds"] > 0
+
+
+def test_a_video_does_not_depend_on_the_other_prompts(arguments, finished, tmp_path):
+    (tmp_path / "one.txt").write_text(PROMPTS[1])
+    assert main(arguments(tmp_path / "out", data_path=tmp_path / "one.txt")) == 0
+    alone = tmp_path / "out" / SECOND.replace("0001", "0000")
+    assert alone.with_suffix(".mp4").read_bytes() == (finished / f"{SECOND}.mp4").read_bytes()
+
+
+def test_seed_prompt_and_sample_each_change_the_video(arguments, finished, tmp_path):
+    assert main(arguments(tmp_path, "inference.num_samples=2", seed=1)) == 0
+    videos = [read_video(finished / f"{name}.mp4").tobytes() for name in (FIRST, SECOND)]
+    videos += [read_video(tmp_path / f"{name}.mp4").tobytes() for name in (FIRST, FIRST + "_s1")]
+    assert len(set(videos)) == 4
+
+
+def test_guidance_and_euler_sampler(arguments, tmp_path):
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    euler = ["sampler.kind=euler", "sampler.num_steps=3"]
+    for guidance in (1, 4):
+        out = tmp_path / str(guidance)
+        assert main(arguments(out, *euler, f"sampler.guidance={guidance}", data_path=tmp_path / "one.txt")) == 0
+    assert len({(tmp_path / str(g) / f"{FIRST}.mp4").read_bytes() for g in (1, 4)}) == 2
+
+
+def test_seconds_are_rounded_up_to_whole_chunks(arguments, tmp_path, caplog):
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    caplog.set_level(logging.INFO)
+    assert main(arguments(tmp_path, "--seconds", "1", data_path=tmp_path / "one.txt")) == 0
+    assert len(read_video(tmp_path / f"{FIRST}.mp4")) == 21  # 16 frames are 5 latent frames are 3 chunks of 2
+    assert "--seconds 1: 3 chunks, --num_output_frames 6, 21 frames at 16 fps, 1.31 s" in caplog.text
+
+
+def test_checkpoint_and_flags_reach_the_run(arguments, finished, bundle, tmp_path):
+    other = tiny.write_bundle(tmp_path / "other", seed=1)
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    common = {"data_path": tmp_path / "one.txt", "num_output_frames": 2}
+    assert main(arguments(tmp_path / "out", checkpoint_path=other / "transformer", **common)) == 0
+    sidecar = json.loads((tmp_path / "out" / f"{FIRST}.json").read_text())
+    before = json.loads((finished / f"{FIRST}.json").read_text())
+    assert sidecar["checkpoint"] == str(other / "transformer") and sidecar["frames"] == 5
+    assert sidecar["weights"]["transformer"] != before["weights"]["transformer"]
+    assert sidecar["weights"]["vae"] == before["weights"]["vae"]
+
+
+class TestRunningAgain:
+    def test_skips_what_is_finished_without_loading_a_model(self, arguments, finished, caplog, monkeypatch):
+        monkeypatch.setattr(inference_packforcing, "Generator", None)
+        caplog.set_level(logging.INFO)
+        assert main(arguments(finished, "inference.threads=2")) == 0
+        assert "3 of 3 videos are finished already" in caplog.text
+
+    def test_makes_what_is_missing(self, arguments, tmp_path, monkeypatch):
+        made = []
+        generate = inference.Generator.generate
+        monkeypatch.setattr(inference.Generator, "generate", lambda s, job: made.append(job.index) or generate(s, job))
+        assert main(arguments(tmp_path)) == 0
+        (tmp_path / f"{SECOND}.json").unlink()  # killed between the video and its description
+        (tmp_path / f"{THIRD}.mp4").unlink()
+        assert main(arguments(tmp_path)) == 0
+        assert made == [0, 1, 2, 1, 2]
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (["cache.top_k=2"], "cache.top_k=1, now 2"),
+            (["--seed", "5"], "seed=0, now 5"),
+            (["--num_output_frames", "6"], "inference.num_output_frames=4, now 6"),
+        ],
+    )
+    def test_other_settings_are_refused(self, arguments, finished, capsys, change, message):
+        fails(capsys, arguments(finished, *change), FIRST, message, "choose another output folder")
+
+    def test_other_weights_are_refused(self, arguments, finished, capsys, tmp_path):
+        other = tiny.write_bundle(tmp_path / "other", seed=1)
+        fails(capsys, arguments(finished, checkpoint_path=other), "was made with weights.transformer=")
+
+    def test_other_prompt_under_the_same_name_is_refused(self, arguments, finished, capsys, tmp_path):
+        (tmp_path / "p.txt").write_text(PROMPTS[0].title())
+        fails(capsys, arguments(finished, data_path=tmp_path / "p.txt"), f"prompt={PROMPTS[0]}, now A Red Circle")
+
+    def test_a_foreign_json_is_refused(self, arguments, capsys, tmp_path):
+        for kind in ("mp4", "json"):
+            (tmp_path / f"{FIRST}.{kind}").write_text("[]")
+        fails(capsys, arguments(tmp_path), f"{FIRST}.json is not the description of a video")
+
+
+def test_a_killed_run_leaves_a_playable_partial_video(arguments, tmp_path):
+    command = [sys.executable, "inference_packforcing.py", *map(str, arguments(tmp_path, "--seconds", "600"))]
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    partial = tmp_path / f"{FIRST}.partial.mp4"
+    deadline = time.monotonic() + 120
+    while not (partial.is_file() and partial.stat().st_size > 20_000):
+        assert run.poll() is None and time.monotonic() < deadline, run.stderr.read().decode()
+        time.sleep(0.05)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {partial.name}
+    assert len(read_video(partial)) >= 16
+
+
+def test_ctrl_c_keeps_what_there_is(arguments, tmp_path, monkeypatch, capsys):
+    decode = inference.StreamingDecoder.decode
+    pieces = iter([decode, decode])
+
+    def decode_two(self, latents):
+        if (step := next(pieces, None)) is None:
+            raise KeyboardInterrupt
+        return step(self, latents)
+
+    monkeypatch.setattr(inference.StreamingDecoder, "decode", decode_two)
+    assert main(arguments(tmp_path, num_output_frames=8)) == 130
+    assert "run again to go on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [f"{FIRST}.partial.mp4"]
+    assert len(read_video(tmp_path / f"{FIRST}.partial.mp4")) == 13
+
+
+def test_pixels_are_written_chunk_by_chunk(arguments, tmp_path, monkeypatch):
+    pieces = []
+    append = inference.VideoWriter.append
+    monkeypatch.setattr(inference.VideoWriter, "append", lambda s, x: pieces.append(len(x)) or append(s, x))
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    assert main(arguments(tmp_path, data_path=tmp_path / "one.txt", num_output_frames=12)) == 0
+    assert pieces == [5, 8, 8, 8, 8, 8]
+
+
+class TestBadInput:
+    """Each ends before a model is loaded: the models are taken away."""
+
+    @pytest.fixture(autouse=True)
+    def no_models(self, monkeypatch):
+        monkeypatch.setattr(inference_packforcing, "Generator", None)
+
+    @pytest.mark.parametrize(
+        "more, flags, expected",
+        [
+            ([], {"config_path": "none.yaml"}, ["none.yaml does not exist"]),
+            (["cache.topk=1"], {}, ["unknown setting `cache.topk`", "nearest known one is `cache.top_k`"]),
+            (["cache.top_k=many"], {}, ["cache.top_k"]),
+            (["cache.top_k"], {}, ["override `cache.top_k`: expected key=value"]),
+            ([], {"data_path": "none.txt"}, ["prompt file none.txt does not exist"]),
+            ([], {"data_path": None}, ["--data_path is missing"]),
+            ([], {"num_output_frames": 5}, ["`inference.num_output_frames` is 5", "multiple"]),
+            ([], {"num_output_frames": -2}, ["`inference.num_output_frames` is -2", "must be positive"]),
+            ([], {"seconds": 0}, ["--seconds is 0"]),
+            ([], {"seconds": "inf"}, ["--seconds is inf"]),
+            (["video.height=40"], {}, ["`video.height` is 40: must be a positive multiple of 16"]),
+            ([], {"checkpoint_path": "none.pt"}, ["checkpoint none.pt does not exist"]),
+            (["model.bundle=none"], {}, ["bundle none does not exist", "hf download"]),
+            (["inference.device=tpu9"], {}, ["`inference.device` is tpu9"]),
+            (["inference.dtype=int8"], {}, ["`inference.dtype` is int8: expected auto, float32"]),
+            (["inference.attention_backend=magic"], {}, ["`inference.attention_backend` is magic"]),
+            (["inference.threads=0"], {}, ["`inference.threads` is 0"]),
+            (["cache.temporal=fit", "cache.sink=3"], {}, ["cache.temporal=fit", "trained"]),
+        ],
+    )
+    def test_one_clear_line(self, arguments, capsys, tmp_path, more, flags, expected):
+        fails(capsys, arguments(tmp_path / "out", *more, **flags), *expected)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("content, expected", [(b"\n \n", "is empty"), (b"\xff\xfe\xfa", "not readable as UTF-8")])
+    def test_prompt_file(self, arguments, capsys, tmp_path, content, expected):
+        (tmp_path / "p.txt").write_bytes(content)
+        fails(capsys, arguments(tmp_path / "out", data_path=tmp_path / "p.txt"), "p.txt", expected)
+
+    def test_unwritable_output(self, arguments, capsys, tmp_path):
+        (tmp_path / "file").write_text("")
+        fails(capsys, arguments(tmp_path / "file" / "out"), "output folder", "is not writable")
+
+    def test_both_lengths(self, arguments, capsys, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments(tmp_path, "--seconds=1", num_output_frames=4))
+        assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+def test_wrong_checkpoint_is_named_before_the_text_encoder_loads(arguments, bundle, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "load_text_encoder", None)
+    fails(capsys, arguments(tmp_path, checkpoint_path=bundle / "vae"), "is not one of a CausalWanModel")
+    flags = {"checkpoint_path": bundle / "transformer"}
+    fails(capsys, arguments(tmp_path, "cache.compressor.channels=[4,6]", **flags), "misshapen pack_compressor.net.2")
+    fails(capsys, arguments(tmp_path, "--use_ema", **flags), "--use_ema needs a .pt file")
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("A red fox!", "a-red-fox"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("Un café à Liège", "un-cafe-a-liege"),
+        ("一只红色的狐狸", "prompt"),
+        ("word " * 30, "word-word-word-word-word-word-word-word-word-word-word-word"),
+        ("x" * 99, "x" * 60),
+    ],
+)
+def test_slug(prompt, expected):
+    assert slug(prompt) == expected
+
+
+def test_names_do_not_collide():
+    jobs = plan(["same words", "same  words"], "out", 3)
+    assert len({job.video for job in jobs}) == len({job.sidecar for job in jobs}) == 6
