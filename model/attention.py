@@ -73,5 +73,6 @@ def clip_mask(
 
     if device.type == "cuda":
         return create_block_mask(sees, None, None, length, length, device=device)
-    index = torch.arange(length, device=device)
-    return sees(None, None, index[:, None], index[None, :])[None, None]
+    with torch.inference_mode(False):  # what is kept must serve a later forward with gradient too
+        index = torch.arange(length, device=device)
+        return sees(None, None, index[:, None], index[None, :])[None, None]

@@ -273,7 +273,7 @@ class CausalWanModel(WanTransformer3DModel):
             clean_timestep: [B] or [B, F] of the clean half in (b); 0 by default.
             return_kv: with a context, also return the chunk's K, V (and its compressed ones where it will need them).
             train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
-            text_kv: memo of the prompts' cross-attention K, V, filled where empty.
+            text_kv: memo of the prompts' cross-attention K, V, filled where empty; not used while gradients are on.
 
         Raises:
             ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning.
@@ -282,13 +282,23 @@ class CausalWanModel(WanTransformer3DModel):
             raise ValueError("encoder_hidden_states_image: CausalWanModel is text-to-video only")
         batch, _, frames, height, width = hidden_states.shape
         geometry, chunk = self.geometry(height, width), self.config.frames_per_chunk
-        if frames != chunk if context is not None else frames % chunk:
+        if (frames != chunk) if context is not None else (frames % chunk):
             raise ValueError(f"{frames} latent frames do not fit chunks of {chunk} (set frames_per_chunk)")
         teacher_forcing = context is None and clean_hidden_states is not None
 
+        if context is not None:
+            context.check_fits(batch, geometry)
+        if torch.is_grad_enabled():
+            text_kv = None  # a memo has no gradient, and a recomputation must not find it filled
+
         timestep = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
+        if timestep.shape[1] not in (1, frames):
+            raise ValueError(f"timestep has {timestep.shape[1]} columns: give [B], or [B, F] with {frames} frames")
         latents = hidden_states
         if teacher_forcing:
+            if clean_hidden_states.shape != hidden_states.shape:
+                clean, noisy = tuple(clean_hidden_states.shape), tuple(hidden_states.shape)
+                raise ValueError(f"clean_hidden_states are {clean}: must be of the shape of hidden_states, {noisy}")
             timestep = timestep.expand(-1, frames)
             if clean_timestep is None:
                 clean_timestep = torch.zeros_like(timestep)

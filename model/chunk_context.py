@@ -3,10 +3,11 @@
 Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k selected mid chunks, D head dim.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, time_rotation
 from model.selection import affinity, top_chunks
 from utils.config import Compressor, MidSpan, QueryScope, Refresh, Selection, Temporal
@@ -15,37 +16,61 @@ if TYPE_CHECKING:
     from model.kv_cache import PackCache
 
 
+class _Frozen(NamedTuple):
+    """What a layer attended with gradient, in tensors that later commits leave alone."""
+
+    selected: torch.Tensor  # [B, k]
+    history: list[tuple[float, torch.Tensor, torch.Tensor]]  # (start, un-rotated key, value) of sink and recent
+
+
 class ChunkContext:
     """The fixed, read-only history of one chunk, resolved layer by layer at its first forward.
 
     `select` fixes the mid chunks of a layer (with `per_chunk`, once), `extend` gives the layer's keys and values.
+
+    A forward with gradient reads the history from un-rotated tensors that it keeps, not from the workspace: activation
+    checkpointing runs its blocks again in the backward pass, which may come after this and later chunks are committed.
     """
 
     def __init__(self, cache: "PackCache"):
-        self.cache = cache
+        self.cache, self._layers = cache, cache.layers  # a reset cache has other layers
         self.chunk = cache.num_chunks
         layout, config = cache.layout, cache.config
         self.sink, self.recent = layout.held(self.chunk)
-        self.archived = list(cache.archive)  # chunk indices in time order
+        self.archive = dict(cache.archive)  # chunk index -> compressed chunk, in time order
+        self.archived = list(self.archive)
         self.num_selected = min(len(self.archived), layout.top_k)
         self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
         self.uses_compressor = layout.top_k > 0 and config.compressor.kind != Compressor.identity
         self._selection: dict[int, torch.Tensor] = {}
-        self._placed: dict[int, torch.Tensor] = {}  # layer -> ids whose K, V stand in the workspace
+        self._frozen: dict[int, _Frozen] = {}
         self._rotations: dict[object, Rotation] = {}
         self._selected_at = self.chunk
         made_for, previous = cache._last_selection
-        if config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval and previous:
+        lasts = config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval
+        if lasts and previous and config.selection == Selection.query_score:
             kept = torch.tensor(self.archived)
             if all(ids.shape[1] == layout.top_k and torch.isin(ids, kept).all() for ids in previous.values()):
                 self._selection, self._selected_at = dict(previous), made_for
 
+    def check_fits(self, batch: int, geometry: ChunkGeometry) -> None:
+        """Raise RuntimeError where this chunk is committed already, ValueError for latents of other sizes."""
+        self.check_current()
+        if geometry != self.cache.geometry:
+            raise ValueError(f"latents have {geometry}: the cache was made for {self.cache.geometry}")
+        if self.cache.layers and self.cache.layers[0].keys.shape[0] != batch:
+            raise ValueError(f"batch is {batch}: the cache holds {self.cache.layers[0].keys.shape[0]} videos")
+
+    @property
+    def _is_current(self) -> bool:
+        return self.cache.num_chunks == self.chunk and self.cache.layers is self._layers
+
     def check_current(self) -> None:
-        """Raise RuntimeError where the chunk of this context is committed already."""
-        if self.cache.num_chunks != self.chunk:
+        """Raise RuntimeError where the chunk of this context is committed already, or the cache was reset."""
+        if not self._is_current:
             raise RuntimeError(
-                f"context of chunk {self.chunk} used after {self.cache.num_chunks} chunks were committed; "
-                "ask the cache for a new context for every chunk"
+                f"context of chunk {self.chunk} used when its cache had gone on to chunk {self.cache.num_chunks} or to "
+                "another video; ask the cache for a new context for every chunk"
             )
 
     def query_rotation(self, device: torch.device) -> Rotation:
@@ -57,25 +82,30 @@ class ChunkContext:
         return self._selected_at, self._selection
 
     @torch.compiler.disable
-    @torch.no_grad()
     def select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Ids of the mid chunks this layer attends, in time order: int64 CPU [B, k].
 
         Args:
             query: un-rotated queries of the current chunk [B, n, heads, D]; scored where the selection needs them.
         """
+        recomputed = torch.is_grad_enabled() and not self._is_current
+        if recomputed and layer in self._frozen:
+            return self._frozen[layer].selected
         self.check_current()
-        if layer in self._selection:
-            return self._selection[layer]
+        if layer not in self._selection:
+            ids = self._select(layer, query)
+            if self.cache.config.refresh == Refresh.per_forward:
+                return ids
+            self._selection[layer] = ids
+        return self._selection[layer]
+
+    @torch.no_grad()
+    def _select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         cache, batch = self.cache, query.shape[0]
         if self.num_selected == len(self.archived) or cache.config.selection == Selection.recency:
             last = self.archived[len(self.archived) - self.num_selected :]
-            ids = torch.tensor(last, dtype=torch.long).expand(batch, -1)
-        else:
-            ids = top_chunks(self.scores(layer, query), self.archived, cache.layout.top_k)
-        if cache.config.refresh == Refresh.per_chunk:
-            self._selection[layer] = ids
-        return ids
+            return torch.tensor(last, dtype=torch.long).expand(batch, -1)
+        return top_chunks(self.scores(layer, query), self.archived, cache.layout.top_k)
 
     def scores(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Affinity of every archived chunk with the queries in scope: float32 [B, M]."""
@@ -112,26 +142,49 @@ class ChunkContext:
             K, V [B, history + n, heads, D]. Without gradient they are views of the workspace, valid until the layer's
             next forward; with gradient fresh tensors.
         """
+        if torch.is_grad_enabled():
+            return self._assemble(layer, selected, key, value, mid)
         self.check_current()
         if self.chunk == 0:
             return key, value
         store, tokens = self.cache.layers[layer], self.cache.geometry.tokens
-        self._place(layer, selected, archived=mid is None)
+        self._place(layer, selected)
         slot, slots = self.cache.layout.slot(self.chunk), len(self.sink) + len(self.recent) + 1
         own = slice(slot * tokens, (slot + 1) * tokens)
-        end = slots * tokens + (0 if mid is not None else selected.shape[1] * self.cache.mid_tokens)
-        if key.requires_grad or value.requires_grad or mid is not None:
-            extra_keys = [] if mid is None else [self._mid_rotation(selected, key.device)(mid[0])]
-            extra_values = [] if mid is None else [mid[1]]
-            before, after = slice(0, own.start), slice(own.stop, end)
-            keys = torch.cat((store.keys[:, before], key, store.keys[:, after], *extra_keys), dim=1)
-            values = torch.cat((store.values[:, before], value, store.values[:, after], *extra_values), dim=1)
-            return keys, values
+        end = slots * tokens + selected.shape[1] * self.cache.mid_tokens
         store.keys[:, own], store.values[:, own] = key, value
         return store.keys[:, :end], store.values[:, :end]
 
-    @torch.no_grad()
-    def _place(self, layer: int, selected: torch.Tensor, archived: bool) -> None:
+    def _assemble(self, layer, selected, key, value, mid) -> tuple[torch.Tensor, torch.Tensor]:
+        """`extend` without the workspace: every part rotated anew and put together."""
+        cache = self.cache
+        if self._is_current:
+            slots = [(start, cache.layout.slot(chunk)) for chunk, start in self.history_starts()]
+            history = [(start, *cache.layers[layer].raw(slot, cache.geometry.tokens)) for start, slot in slots]
+            self._frozen[layer] = _Frozen(selected, history)
+        parts = [
+            (chunk_rotation(cache.geometry, start, cache.head_dim, key.device)(raw_key), history_value)
+            for start, raw_key, history_value in self._frozen[layer].history
+        ]
+        if selected.shape[1]:
+            mid_key, mid_value = self._archived_kv(layer, selected, key.device) if mid is None else mid
+            parts.append((self._mid_rotation(selected, key.device)(mid_key), mid_value))
+        keys, values = zip(*parts, (key, value), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def _archived_kv(self, layer: int, selected: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+        """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own."""
+        return [
+            torch.stack(
+                [
+                    torch.cat([self.archive[chunk].kv[layer][part][sample] for chunk in ids])
+                    for sample, ids in enumerate(selected.tolist())
+                ]
+            ).to(device)
+            for part in range(2)
+        ]
+
+    def _place(self, layer: int, selected: torch.Tensor) -> None:
         """Bring the workspace to this chunk's positions: once per chunk, and where the selection changes."""
         cache, store, tokens = self.cache, self.cache.layers[layer], self.cache.geometry.tokens
         store.reserve(cache._workspace_tokens(self.chunk), store.keys)
@@ -141,11 +194,9 @@ class ChunkContext:
                 rotation = chunk_rotation(cache.geometry, start, cache.head_dim, store.keys.device)
                 store.keys[:, slot * tokens : (slot + 1) * tokens] = rotation(store.raw_keys[slot])
                 store.starts[slot] = start
-        if (
-            not archived
-            or not selected.shape[1]
-            or (layer in self._placed and torch.equal(self._placed[layer], selected))
-        ):
+        if not selected.shape[1]:
+            return
+        if store.placed is not None and store.placed[0] == self.chunk and torch.equal(store.placed[1], selected):
             return
         begin = (len(self.sink) + len(self.recent) + 1) * tokens
         end = begin + selected.shape[1] * cache.mid_tokens
@@ -153,11 +204,11 @@ class ChunkContext:
         for sample, ids in enumerate(selected.tolist()):
             for place, chunk in enumerate(ids):
                 where = slice(place * cache.mid_tokens, (place + 1) * cache.mid_tokens)
-                source_key, source_value = cache.archive[chunk].kv[layer]
+                source_key, source_value = self.archive[chunk].kv[layer]
                 keys[sample, where].copy_(source_key[sample], non_blocking=True)
                 values[sample, where].copy_(source_value[sample], non_blocking=True)
         keys.copy_(self._mid_rotation(selected, keys.device)(keys))
-        self._placed[layer] = selected
+        store.placed = self.chunk, selected
 
     def history_starts(self) -> list[tuple[int, float]]:
         """(chunk, time of its first latent frame) of the full-resolution history; the current chunk is at 0."""
@@ -198,15 +249,14 @@ class ChunkContext:
 
     def archived_latents(self) -> tuple[list[int], torch.Tensor]:
         """Ids [M] and clean latents [B, M, C, F, H, W] of the archived chunks that some layer may select."""
-        cache = self.cache
-        ids = self.archived
+        cache, ids = self.cache, self.archived
         if cache.config.selection == Selection.recency:
             ids = ids[len(ids) - self.num_selected :]
         elif len(self._selection) == len(cache.layers):
             ids = sorted({i for chosen in self._selection.values() for i in chosen.flatten().tolist()})
         if not ids:
             return [], torch.empty(0)
-        return ids, torch.stack([cache.archive[i].latents.to(cache.layers[0].keys.device) for i in ids], dim=1)
+        return ids, torch.stack([self.archive[i].latents.to(cache.layers[0].keys.device) for i in ids], dim=1)
 
     def attended_mid_tokens(self) -> int:
         """Mid tokens per layer and sample that this chunk attends."""

@@ -89,6 +89,8 @@ class _Layer:
         self.raw_keys: dict[int, torch.Tensor] = {}  # slot -> [B, n, heads, D]
         self.starts: dict[int, float] = {}  # slot -> time its keys in the workspace are rotated to
         self.mean_queries: dict[int, torch.Tensor] = {}  # slot -> [B, h, D]
+        self.placed: tuple[int, torch.Tensor] | None = None  # (chunk, ids [B, k]) that the mid part was rotated for
+        self._raw_values: dict[int, torch.Tensor] = {}  # slot -> copy for a forward with gradient
         self.keys: torch.Tensor | None = None  # [B, capacity, heads, D]
         self.values: torch.Tensor | None = None
 
@@ -101,6 +103,20 @@ class _Layer:
         self.keys, self.values = (like.new_empty(batch, tokens, heads, dim) for _ in range(2))
         if old[0] is not None:
             self.keys[:, : old[0].shape[1]], self.values[:, : old[1].shape[1]] = old
+
+    def write(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take a finished chunk's un-rotated K and its V, [B, n, heads, D] each, in place of what the slot held."""
+        tokens = key.shape[1]
+        self.raw_keys[slot] = key
+        self.values[:, slot * tokens : (slot + 1) * tokens] = value
+        self.starts.pop(slot, None)  # to be rotated when it is first attended
+        self._raw_values.pop(slot, None)
+
+    def raw(self, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Un-rotated K and V of a chunk, [B, n, heads, D] each, that outlive what is written to the slot later."""
+        if slot not in self._raw_values:
+            self._raw_values[slot] = self.values[:, slot * tokens : (slot + 1) * tokens].clone()
+        return self.raw_keys[slot], self._raw_values[slot]
 
 
 class PackCache:
@@ -120,11 +136,12 @@ class PackCache:
         self.config, self.geometry, self.head_dim, self.trained_frames = config, geometry, head_dim, trained_frames
         self.layout = CacheLayout.of(config, geometry)
         self.mid_grid = compressed_grid(config.compressor.kind.value, geometry, config.compressor.channels)
-        if config.temporal == Temporal.fit and self.layout.top_k and self.fit_room <= 0:
+        bounded = self.layout.sink != UNBOUNDED
+        if config.temporal == Temporal.fit and bounded and self.fit_room < (1 if self.layout.top_k else 0):
             raise ValueError(
                 f"cache.temporal=fit: sink {self.layout.sink} + recent {self.layout.recent} + the current chunk take "
-                f"{trained_frames - self.fit_room} latent frames and leave none of the {trained_frames} trained ones "
-                "to mid chunks; make cache.sink or cache.recent smaller, or use cache.temporal=packed"
+                f"{trained_frames - self.fit_room} latent frames of the {trained_frames} trained ones, which leaves no "
+                "room; make cache.sink or cache.recent smaller, or use cache.temporal=packed"
             )
         capacity = config.mid_capacity
         if self.layout.top_k and capacity is not None and capacity <= self.layout.top_k:
@@ -183,12 +200,10 @@ class PackCache:
         chunk, layout = self.num_chunks, self.layout
         if not self.layers:
             self.layers = [_Layer() for _ in kv.layers]
-        slot, tokens = layout.slot(chunk), self.geometry.tokens
+        slot = layout.slot(chunk)
         for layer, new in zip(self.layers, kv.layers, strict=True):
             layer.reserve(self._workspace_tokens(chunk), new.key)
-            layer.raw_keys[slot] = new.key.detach()
-            layer.values[:, slot * tokens : (slot + 1) * tokens] = new.value
-            layer.starts.pop(slot, None)  # to be rotated when it is first attended
+            layer.write(slot, new.key.detach(), new.value.detach())
             if self._scores_recent:
                 layer.mean_queries[slot] = self.mean_query(new.query)
         if context.will_be_compressed:

@@ -91,6 +91,11 @@ def frame_times(start: float, span: float, frames: int) -> torch.Tensor:
 @lru_cache(maxsize=64)  # in steady state every chunk asks for the same few
 def chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
     """Rotation of a full-resolution chunk whose first latent frame is at time `start`."""
+    with torch.inference_mode(False):  # what is kept must serve a later forward with gradient too
+        return _chunk_rotation(geometry, start, head_dim, device)
+
+
+def _chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
     times = start + torch.arange(geometry.frames, dtype=torch.float64, device=device)
     rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
     return grid_rotation(times, rows, cols, head_dim)
