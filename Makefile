@@ -1,0 +1,21 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint
+
+demo: $(READY) ## two prompts, 30 s each, on the CPU or the GPU that is there
+	$(BIN)/python inference_packforcing.py --config_path configs/tiny/demo.yaml --data_path prompts/tiny_demo.txt \
+		--output_folder output/demo --seconds 30
+	@echo "Look at output/demo/*.mp4"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+$(READY): requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	touch $@
