@@ -1,0 +1,263 @@
+"""Flow-matching stages on cached latents: the bidirectional teacher and the chunk-causal AR-diffusion model.
+
+Both learn flow = noise - x0 at table timesteps drawn uniformly. The teacher draws one timestep a clip and, where no
+text encoder is given, trains a small one along. AR diffusion is teacher forcing (Causal Forcing, arXiv 2602.02214):
+one timestep a chunk, and the clean clip beside the noisy one under the block mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import nn
+
+from model.causal_wan import CausalWanModel
+from model.geometry import WAN_PATCH_SIZE
+from model.kv_cache import PackCache
+from model.matmul_attention import prepare_for_cpu
+from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from pipeline.losses import flow_loss
+from pipeline.rollout import Prompts, Rollout, prompt_noise
+from pipeline.samples import sample_prompts, write_samples
+from pipeline.stage import Stage, Weights
+from pipeline.stage_parts import LatentData, TextConditioning, exported, swapped_in
+from pipeline.trainer import StepPlan
+from utils.config import Config, ConfigError, LossWeighting
+from utils.distributed import World
+from utils.rng import keyed_generator, keyed_randn
+
+
+class Generator(nn.Module):
+    """The module a flow-matching stage trains: the DiT and, where it is trained along, the text encoder."""
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+class FlowMatchingStage(Stage):
+    """What both stages share: data, text, noise, the loss, samples and export."""
+
+    timestep_per_chunk: bool
+
+    def __init__(self, config: Config, device: torch.device, world: World):
+        self.config, self.device = config, device
+        self.plan = StepPlan(config, world.size)
+        self.schedule = FlowMatchSchedule(config.train.shift)
+        self.text = TextConditioning.load(config, device)
+        self.data = LatentData.load(config, device, world)
+        self.transformer = self._build(self.text.text_dim).to(device)
+        if device.type == "cpu":
+            prepare_for_cpu(self.transformer)
+        if config.train.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        trained_text = self.text.encoder if self.text.trainable else None
+        self.modules = {"generator": Generator(self.transformer, trained_text)}
+
+    def _build(self, text_dim: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _sampler(self) -> Any:
+        """prompts, embeddings [P, text_len, text_dim], negative [1, ...] -> latents [P, C, F, H, W]."""
+        raise NotImplementedError
+
+    def compile(self) -> None:
+        for block in self.transformer.blocks:
+            block.compile()
+
+    def _frames(self, step: int) -> int:
+        """Latent frames of the clips at a step."""
+        phases = self.config.train.phases
+        return phases[self.plan.phase_of(step)[0]].frames if phases else self.data.frames
+
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """latents, noise [B, C, F, H, W] float32, timestep [B, G] (G 1, or a group a chunk), captions."""
+        seed, train = self.config.seed, self.config.train
+        frames = self._frames(step)
+        groups = frames // self.config.video.frames_per_chunk if self.timestep_per_chunk else 1
+        latents, captions, noise, picks, context = [], [], [], [], []
+        for index in sample_indices:
+            clip, caption = self.data.sample(seed, index, frames)
+            draw = keyed_generator(seed, "timestep", step, index)
+            picks.append(torch.randint(NUM_TIMESTEPS, (groups,), generator=draw))  # table indices
+            dropped, level = torch.rand(2, generator=draw).tolist()
+            captions.append(self.config.sampler.negative_prompt if dropped < train.prompt_dropout else caption)
+            context.append(level * train.context_noise_timestep)
+            noise.append(keyed_randn(clip.shape, seed, "noise", step, index))
+            latents.append(clip)
+        return {
+            "latents": torch.stack(latents).to(self.device, torch.float32),
+            "noise": torch.stack(noise).to(self.device),
+            "timestep": self.schedule.timesteps[torch.stack(picks)].to(self.device),  # [B, G]
+            "context_timestep": torch.tensor(context, device=self.device),  # [B]
+            "captions": captions,
+            "step": step,
+            "indices": list(sample_indices),
+        }
+
+    def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Flow loss, weighted by `train.loss_weighting`, over samples; logs it below and above t = 700."""
+        latents, noise = batch["latents"], batch["noise"]  # [B, C, F, H, W]
+        frames, groups = latents.shape[2], batch["timestep"].shape[1]
+        timestep = batch["timestep"].repeat_interleave(frames // groups, dim=1)  # [B, F]
+        noisy = self.schedule.add_noise(latents, noise, timestep)
+        flow = self._flow(noisy, timestep, self.text.encode(batch["captions"]), batch).float()
+        # Samples and chunks both count as rows: each has a timestep of its own.
+        rows = [x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1) for x in (flow, noise, latents)]
+        errors = flow_loss(*rows)  # [B * G]
+        weights = torch.ones_like(errors)
+        if self.config.train.loss_weighting == LossWeighting.bell:
+            weights = self.schedule.training_weight(batch["timestep"]).flatten().to(errors)
+        high = batch["timestep"].flatten() > HIGH_NOISE
+        logs = {"flow_mse": errors.mean().item()}
+        # Sums over a share of the rows, scaled so that means over micro-batches and ranks stay meaningful.
+        logs |= {"flow_mse_high": _mean_where(errors, high), "flow_mse_low": _mean_where(errors, ~high)}
+        return (errors * weights).mean(), logs
+
+    def _flow(self, noisy, timestep, embeds, batch) -> torch.Tensor:
+        """noisy [B, C, F, H, W], timestep [B, F], embeds [B, text_len, text_dim] -> flow [B, C, F, H, W]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(self, step: int, folder: Path, ema: Weights | None) -> dict[str, float]:
+        config = self.config
+        prompts = sample_prompts(config)
+        if not prompts:
+            return {}
+        module = self.modules["generator"]
+        module.eval()
+        with swapped_in(module, None if ema is None else ema["generator"]), torch.random.fork_rng(devices=[]):
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
+            with autocast:
+                embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()
+                latents = self._generate(prompts, embeds[:-1], embeds[-1:], step)
+        module.train()
+        return write_samples(folder, prompts, latents.float(), self.data.vae(self.device), config.video.fps)
+
+    def _generate(self, prompts: list[str], embeds: torch.Tensor, negative: torch.Tensor, step: int) -> torch.Tensor:
+        """Sampled latents [P, C, F, H, W]."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, ema: Weights | None) -> None:
+        """transformer/, text_encoder/, tokenizer/ and scheduler/ in bfloat16."""
+        module = self.modules["generator"]
+        with swapped_in(module, None if ema is None else ema["generator"]):
+            exported(self.transformer).save_pretrained(folder / "transformer")
+            exported(self.text.encoder).save_pretrained(folder / "text_encoder")
+        self.text.tokenizer.save_pretrained(folder / "tokenizer")
+        FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
+
+    def _settings(self, text_dim: int) -> dict[str, Any]:
+        """Shape of a fresh transformer: the config's `model` section and the data's channels."""
+        model = self.config.model
+        return {
+            "patch_size": WAN_PATCH_SIZE,
+            "num_layers": model.num_layers,
+            "num_attention_heads": model.num_attention_heads,
+            "attention_head_dim": model.attention_head_dim,
+            "ffn_dim": model.ffn_dim,
+            "in_channels": self.data.channels,
+            "out_channels": self.data.channels,
+            "text_dim": text_dim,
+            "freq_dim": model.freq_dim,
+            "cross_attn_norm": model.cross_attn_norm,
+            "eps": model.eps,
+        }
+
+
+HIGH_NOISE = 700.0  # timestep that parts the two logged errors
+
+
+def _mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
+    """Mean over the masked rows; the mean over all where there is none, so that it can be averaged over ranks."""
+    return (errors[mask] if mask.any() else errors).mean().item()
+
+
+class TeacherStage(FlowMatchingStage):
+    """Bidirectional `WanTransformer3DModel`, one timestep a clip."""
+
+    name = "teacher"
+    timestep_per_chunk = False
+
+    def _build(self, text_dim: int) -> WanTransformer3DModel:
+        if self.config.train.init_from is not None:
+            model = WanTransformer3DModel.from_pretrained(self.config.train.init_from, torch_dtype=torch.float32)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.config.seed)
+                model = WanTransformer3DModel(**self._settings(text_dim), rope_max_seq_len=1024)
+        return model.train()
+
+    def _flow(self, noisy, timestep, embeds, batch):
+        return self.transformer(noisy, timestep[:, 0], embeds, return_dict=False)[0]
+
+    def _generate(self, prompts, embeds, negative, step):
+        """Euler steps of the flow ODE with classifier-free guidance, over the whole clip at once."""
+        sampler, frames = self.config.sampler, min(self._frames(step), self.config.train.sample_frames)
+        shape = (self.data.channels, frames, *self.data.size)
+        noise = prompt_noise(self.config.seed, prompts, [0] * len(prompts))
+        latents = noise(0, 0, shape).to(self.device)  # [P, C, F, H, W]
+        both = Prompts(embeds, negative).branches(sampler.guidance)  # [P or 2P, text_len, text_dim]
+        branches = len(both) // len(embeds)
+        sigmas = FlowMatchSchedule(sampler.shift).euler_sigmas(sampler.num_steps).tolist()
+        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+            timestep = torch.full((len(both),), NUM_TIMESTEPS * sigma, device=self.device)
+            flow = self.transformer(torch.cat([latents] * branches), timestep, both, return_dict=False)[0].float()
+            if branches == 2:
+                cond, uncond = flow.chunk(2)
+                flow = uncond + sampler.guidance * (cond - uncond)
+            latents = latents + (following - sigma) * flow
+        return latents
+
+
+class ARDiffusionStage(FlowMatchingStage):
+    """Chunk-causal `CausalWanModel` by teacher forcing, one timestep a chunk."""
+
+    name = "ar_diffusion"
+    timestep_per_chunk = True
+
+    def __init__(self, config: Config, device: torch.device, world: World):
+        super().__init__(config, device, world)
+        chunk = config.video.frames_per_chunk
+        lengths = [phase.frames for phase in config.train.phases] or [self.data.frames]
+        for frames in lengths:
+            if frames % chunk:
+                raise ConfigError(f"clips of {frames} latent frames do not fit video.frames_per_chunk={chunk}")
+
+    def _build(self, text_dim: int) -> CausalWanModel:
+        extra = {
+            "text_len": self.config.model.text_len,
+            "frames_per_chunk": self.config.video.frames_per_chunk,
+            "compressor": self.config.cache.compressor.kind.value,
+            "compressor_channels": tuple(self.config.cache.compressor.channels),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            if self.config.train.init_from is None:
+                return CausalWanModel(**self._settings(text_dim), **extra).train()
+            teacher = WanTransformer3DModel.from_pretrained(self.config.train.init_from, torch_dtype=torch.float32)
+            return CausalWanModel.from_wan(teacher, **extra).train()
+
+    def _flow(self, noisy, timestep, embeds, batch):
+        """The context is noised a little where `train.context_noise_timestep` says so, per clip."""
+        clean, level = batch["latents"], batch["context_timestep"]  # level [B]
+        if self.config.train.context_noise_timestep > 0:
+            seed, shape = self.config.seed, clean.shape[1:]
+            noise = [keyed_randn(shape, seed, "context", batch["step"], index) for index in batch["indices"]]
+            clean = self.schedule.add_noise(clean, torch.stack(noise).to(clean), level)
+        out = self.transformer(noisy, timestep, embeds, clean_hidden_states=clean, clean_timestep=level)
+        return out.sample
+
+    def _generate(self, prompts, embeds, negative, step):
+        """The inference rollout, chunk by chunk with the configured cache."""
+        config = self.config
+        cache = PackCache.for_model(self.transformer, config.cache, *self.data.size, config.video.trained_frames)
+        noise = prompt_noise(config.seed, prompts, [0] * len(prompts))
+        rollout = Rollout(self.transformer, cache, config.sampler, Prompts(embeds, negative), noise)
+        chunks = config.train.sample_frames // config.video.frames_per_chunk
+        return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)

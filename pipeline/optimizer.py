@@ -1,0 +1,98 @@
+"""Optimizer, learning rate, gradient clip and EMA of one role of a training stage."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.config import OptimizerConfig, OptimizerKind
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """Linear warm-up, then `lr`, then a linear fall to zero over the last `decay_steps`."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = min(1.0, (max_steps - step) / config.decay_steps) if config.decay_steps else 1.0
+    return config.lr * min(warmup, max(decay, 0.0))
+
+
+def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices inside the transformer blocks and AdamW for the rest.
+
+    Vectors (norms, biases, modulation tables) get no weight decay.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    by_muon = [p for name, p in named if config.kind == OptimizerKind.muon and "blocks." in name and p.ndim == 2]
+    chosen = {id(p) for p in by_muon}
+    rest = [p for _, p in named if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=tuple(config.betas), fused=True)
+    ]
+    if by_muon:
+        # match_rms_adamw scales updates so that one learning rate serves both.
+        optimizers.append(
+            torch.optim.Muon(by_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+class RoleState:
+    """Everything that changes when a role is updated, apart from its gradients."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, max_steps: int, ema_decay: float, ema_start: int):
+        self.module, self.config, self.max_steps = module, config, max_steps
+        self.ema_decay, self.ema_start = ema_decay, ema_start
+        self.optimizers = build_optimizers(module, config)
+        self.ema: dict[str, torch.Tensor] | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def gradients(self) -> Iterable[torch.Tensor]:
+        """Gradients of all parameters; one that got none counts as zero, so that ranks agree on the list."""
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            yield p.grad
+
+    def update(self, step: int) -> float:
+        """One optimizer step, then the EMA; returns the learning rate."""
+        rate = learning_rate(self.config, step, self.max_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self._update_ema(step)
+        return rate
+
+    @torch.no_grad()
+    def _update_ema(self, step: int) -> None:
+        if step < self.ema_start:
+            return
+        named = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        if self.ema is None:
+            self.ema = {name: p.clone() for name, p in named.items()}
+        else:
+            torch._foreach_lerp_(list(self.ema.values()), list(named.values()), 1 - self.ema_decay)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "module": self.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ema": self.ema,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        self.ema = state["ema"]

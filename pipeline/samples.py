@@ -1,0 +1,54 @@
+"""Fixed-prompt samples during training: mp4 with a sidecar that `scripts/evaluate.py` reads, and a contact sheet."""
+
+import json
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from pipeline.streaming_vae import StreamingDecoder
+from utils.config import Config
+from utils.metrics import accuracy, read_seconds, score
+from utils.sprite_world import HELD_OUT_START, caption, parse_caption, sample_spec
+from utils.video import VideoWriter, to_uint8
+
+SHEET_COLUMNS = 8  # frames of each video on the contact sheet
+EVERY_SECOND = range(10**6)
+
+
+def sample_prompts(config: Config) -> list[str]:
+    """`train.sample_prompts`, then the first `train.sample_held_out` captions of the held-out split."""
+    held_out = range(HELD_OUT_START, HELD_OUT_START + config.train.sample_held_out)
+    return [*config.train.sample_prompts, *(caption(sample_spec(config.seed, i, "seen")) for i in held_out)]
+
+
+def write_samples(
+    folder: Path, prompts: list[str], latents: torch.Tensor, vae: AutoencoderKLWan, fps: int
+) -> dict[str, float]:
+    """Decode and write one video per prompt.
+
+    Args:
+        latents: [P, C, F, H, W], normalised.
+
+    Returns:
+        Where every prompt is a sprite-world caption: share of attributes read right in these videos, said ones only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    marks, rows, readable = [], [], True
+    for i, (prompt, clip) in enumerate(zip(prompts, latents, strict=True)):
+        frames = to_uint8(StreamingDecoder(vae).decode(clip[None])[0])  # [F, H, W, 3]
+        path = folder / f"{i:03d}.mp4"
+        with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
+            writer.append(frames)
+        path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, "fps": fps}))
+        rows.append(np.concatenate([frames[k] for k in np.linspace(0, len(frames) - 1, SHEET_COLUMNS).astype(int)], 1))
+        still = len(frames) < fps
+        readings = read_seconds(np.repeat(frames[:1], fps, 0) if still else frames, fps)
+        try:
+            marks += score(readings, parse_caption(prompt))
+        except ValueError:  # a prompt of another world
+            readable = False
+    iio.imwrite(folder / "sheet.png", np.concatenate(rows))
+    return accuracy(marks, said=True, seconds=EVERY_SECOND) if readable else {}
