@@ -241,6 +241,25 @@ class DataConfig:
 
 
 @dataclass
+class VAEConfig:
+    """The tiny world's VAE (`AutoencoderKLWan`, 4x in time and 8x in space) and the objective of the `vae` stage."""
+
+    z_dim: int = 16
+    encoder_dim: int = 16
+    decoder_dim: int = 32
+    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 3])
+    res_blocks: int = 1
+    patch_size: int = 2
+    initial_logvar: float = -5.0  # of the posterior; its deviation starts at 0.08
+    mse_weight: float = 4.0  # against L1's 1
+    kl_weight: float = 2e-4
+    max_sprites: int = 3  # on one training clip
+    crop_height: int = 32
+    crop_width: int = 48
+    crop_steps: int = 0  # steps on crops of that size, so that a batch holds more clips; whole frames from then on
+
+
+@dataclass
 class Config:
     """The whole. Sections are documented at their classes."""
 
@@ -252,6 +271,7 @@ class Config:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -386,6 +406,11 @@ def validate(config: Config) -> None:
             "must be null, wandb or tensorboard")  # fmt: skip
     require(data.kind in ("sprites", "latents"), "data.kind", data.kind, "must be sprites or latents")
     require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
+    for name, largest in (("crop_height", video.height), ("crop_width", video.width)):
+        value = getattr(config.vae, name)
+        fits = 0 < value <= largest and value % 16 == 0
+        require(fits or not config.vae.crop_steps, f"vae.{name}", value, f"must be a multiple of 16, at most {largest}")
+    require(config.vae.max_sprites >= 1, "vae.max_sprites", config.vae.max_sprites, "must be at least 1")
 
 
 def to_yaml(config: Config) -> str:
