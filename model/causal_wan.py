@@ -22,7 +22,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
 from torch import nn
 
-from model.attention import attend, clip_mask
+from model.attention import attend, clip_mask, rms_norm
 from model.compressor import HRSpatialCompressor
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation
@@ -84,13 +84,13 @@ class CausalWanBlock(WanTransformerBlock):
     def _project_kv(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Un-rotated K, V of tokens [B, L, dim] by this layer's own projections: [B, L, heads, D] each."""
         attn = self.attn1
-        key = attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1))
+        key = rms_norm(attn.norm_k, attn.to_k(hidden)).unflatten(2, (attn.heads, -1))
         return key, attn.to_v(hidden).unflatten(2, (attn.heads, -1))
 
     def _self_attention(self, x, rotation, mask, context, mid_tokens):
         """x [B, L, dim] -> attention output [B, L, dim], (query, key, value) un-rotated."""
         attn, backend = self.attn1, self.attn1.processor._attention_backend
-        query = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
+        query = rms_norm(attn.norm_q, attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
         key, value = self._project_kv(x)  # [B, L, heads, D]
         rotated_query, rotated_key = rotation(query), rotation(key)
         if context is None:
@@ -108,7 +108,7 @@ class CausalWanBlock(WanTransformerBlock):
     def _cross_attention(self, x, text, text_kv):
         """x [B, L, dim], text [B, text_len, dim] -> [B, L, dim]."""
         attn = self.attn2
-        query = attn.norm_q(attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
+        query = rms_norm(attn.norm_q, attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
         if text_kv is not None and self.layer in text_kv:
             key, value = text_kv[self.layer]
         else:
@@ -140,12 +140,12 @@ class CausalWanBlock(WanTransformerBlock):
         groups = temb.shape[1]
 
         def modulate(x, scale, shift):  # [B, L, dim] -> [B, L, dim], in float32 as Wan does
-            x = x.unflatten(1, (groups, -1)) * (1 + scale[:, :, None]) + shift[:, :, None]
+            x = torch.addcmul(shift[:, :, None], x.unflatten(1, (groups, -1)), 1 + scale[:, :, None])
             return x.flatten(1, 2).type_as(hidden_states)
 
         def residual(x, update, gate):
-            update = update.unflatten(1, (groups, -1)) * gate[:, :, None]  # [B, G, L/G, dim]
-            return (x.float() + update.flatten(1, 2)).type_as(hidden_states)
+            x, update = (y.float().unflatten(1, (groups, -1)) for y in (x, update))  # [B, G, L/G, dim] each
+            return torch.addcmul(x, update, gate[:, :, None]).flatten(1, 2).type_as(hidden_states)
 
         x = modulate(self.norm1(hidden_states.float()), scale, shift)  # [B, L, dim]
         x, (query, key, value) = self._self_attention(x, rotary_emb, mask, context, mid_tokens)
@@ -155,7 +155,7 @@ class CausalWanBlock(WanTransformerBlock):
         hidden_states = hidden_states + self._cross_attention(x, encoder_hidden_states, text_kv)
 
         x = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift)
-        hidden_states = residual(hidden_states, self.ffn(x).float(), ffn_gate)
+        hidden_states = residual(hidden_states, self.ffn(x), ffn_gate)
 
         mid_key, mid_value = (None, None) if new_mid is None else self._project_kv(new_mid)
         return hidden_states, LayerKV(query, key, value, mid_key, mid_value)

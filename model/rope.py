@@ -7,7 +7,7 @@ and its history at negative times.
 Shape suffixes: B batch, L tokens, F frames, h/w token rows and columns, H heads, D head dim.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -31,15 +31,27 @@ def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
 class Rotation:
     """cos and sin of the angles of some tokens, each [B or 1, L, 1, D/2] float32."""
 
-    __slots__ = ("cos", "sin")
-
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
         self.cos, self.sin = cos, sin
 
+    @cached_property
+    def phase(self) -> torch.Tensor:
+        """exp(i * angle), complex64."""
+        with torch.inference_mode(False):  # see chunk_rotation
+            return torch.complex(self.cos, self.sin)
+
     def __call__(self, x_BLHD: torch.Tensor) -> torch.Tensor:
-        """Rotate interleaved channel pairs; computed in float32, returned in the input's dtype."""
-        even, odd = x_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, H, D/2] each
-        rotated = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        """Rotate interleaved channel pairs; computed in float32, returned in the input's dtype.
+
+        Eagerly one complex product, a single pass over memory; under `torch.compile`, which cannot fuse complex
+        numbers, the same in real arithmetic.
+        """
+        pairs = x_BLHD.float().unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
+        if torch.compiler.is_compiling():
+            even, odd = pairs.unbind(-1)  # [B, L, H, D/2] each
+            rotated = torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), dim=-1)
+        else:
+            rotated = torch.view_as_real(torch.view_as_complex(pairs) * self.phase)
         return rotated.flatten(-2).type_as(x_BLHD)  # [B, L, H, D]
 
 

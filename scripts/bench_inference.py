@@ -1,0 +1,254 @@
+"""Where the time of a chunk goes, and how far it is from its floor.
+
+    python scripts/bench_inference.py --config_path configs/bench_cpu.yaml --chunks 12
+    python scripts/bench_inference.py --config_path configs/bench_cpu.yaml --chunks 12 cache.top_k=4 inference.threads=1
+
+Weights are random with `model.random_init`. The cache is filled first; then `--chunks` chunks are timed.
+After each of them its *floor* runs: for every forward and layer only the matmuls (q, k, v, o, cross q, o, both ffn) and
+the self- and cross-attention calls, on tensors of the same shapes. `floor_ratio` is the median over the timed chunks of
+chunk time / floor time. Prints a table, then one line of JSON.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model.attention import attend  # noqa: E402
+from model.causal_wan import CausalWanModel  # noqa: E402
+from model.chunk_context import ChunkContext  # noqa: E402
+from model.kv_cache import PackCache  # noqa: E402
+from pipeline.inference import load_model, resolve_runtime  # noqa: E402
+from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
+from utils.bundle import vae_shape  # noqa: E402
+from utils.config import Config, ConfigError, SamplerKind, load_config  # noqa: E402
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds per named part; a part inside another counts in both."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str):
+        synchronise(self.device)
+        start = time.perf_counter()
+        yield
+        synchronise(self.device)
+        self.seconds[name] += time.perf_counter() - start
+
+    def wrap(self, owner: object, method: str, name: str) -> None:
+        """Time every call of `owner.method` as part `name`."""
+        original = getattr(owner, method)
+
+        def timed(*args, **kwargs):
+            with self.part(name):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, timed)
+
+
+@torch.no_grad()
+def floor_seconds(model: CausalWanModel, cache: PackCache, batch: int, forwards: int) -> float:
+    """Seconds of the matmuls and attention calls alone of one chunk, on random tensors of the same shapes."""
+    device, dtype = model.device, model.dtype
+    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
+    tokens = cache.geometry.tokens
+    history = sum(cache.report()[part]["tokens"] for part in ("sink", "mid", "recent"))
+
+    def tensor(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    x, hidden = tensor(batch, tokens, heads * dim), tensor(batch, tokens, model.config.ffn_dim)
+    query = tensor(batch, tokens, heads, dim)
+    keys, values = (tensor(batch, history + tokens, heads, dim) for _ in range(2))
+    text_keys, text_values = (tensor(batch, model.config.text_len, heads, dim) for _ in range(2))
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(forwards):
+        for block in model.blocks:
+            backend = block.attn1.processor._attention_backend
+            attn1, attn2 = block.attn1, block.attn2
+            for linear in (attn1.to_q, attn1.to_k, attn1.to_v, attn1.to_out[0], attn2.to_q, attn2.to_out[0]):
+                F.linear(x, linear.weight, linear.bias)
+            F.linear(x, block.ffn.net[0].proj.weight, block.ffn.net[0].proj.bias)
+            F.linear(hidden, block.ffn.net[2].weight, block.ffn.net[2].bias)
+            attend(query, keys, values, backend)
+            attend(query, text_keys, text_values, backend)
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def fill(cache: PackCache, rollout: Rollout) -> None:
+    """Bring the cache to its full size: real chunks for the sink, then one more committed again and again."""
+    layout = cache.layout
+    needed = min(layout.sink, 64) + layout.recent + layout.top_k + 1
+    commits = []
+    original = cache.commit
+    cache.commit = lambda kv, context: (commits.append(kv), original(kv, context))
+    for _ in tqdm(rollout.run(min(layout.sink, 64) + 1), desc="first chunks", leave=False):
+        pass
+    cache.commit = original
+    while cache.num_chunks < needed:
+        cache.commit(commits[-1], cache.context())
+
+
+def vae_seconds(config: Config, device: torch.device, dtype: torch.dtype, latents: torch.Tensor, chunks: int) -> float:
+    """Median seconds to decode one chunk, the first (which yields fewer frames) left out."""
+    from diffusers import AutoencoderKLWan
+
+    from pipeline.streaming_vae import StreamingDecoder
+
+    if config.model.bundle is None:
+        vae = AutoencoderKLWan()
+    else:
+        vae = AutoencoderKLWan.from_pretrained(config.model.bundle, subfolder="vae")
+    decoder, times = StreamingDecoder(vae.to(device, dtype).eval()), []
+    for _ in tqdm(range(chunks + 1), desc="vae", leave=False):
+        synchronise(device)
+        start = time.perf_counter()
+        decoder.decode(latents)
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def text_seconds(config: Config, device: torch.device) -> float | None:
+    """Seconds to encode one prompt; None where there is no bundle with a text encoder."""
+    if config.model.bundle is None:
+        return None
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    from utils.text import encode_text
+
+    folder = Path(config.model.bundle)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(device).eval()
+    encode_text(tokenizer, encoder, ["a first call to warm up"], config.model.text_len)
+    start = time.perf_counter()
+    encode_text(tokenizer, encoder, ["a red circle bounces over a blue checkerboard"], config.model.text_len)
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the GPU's allocator, or the resident size of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
+    """Time `chunks` chunks with the cache full; see the module's docstring."""
+    runtime = resolve_runtime(config)
+    device, dtype = runtime.device, runtime.dtype
+    model = load_model(config, runtime)
+    stride = 8 if config.model.bundle is None else vae_shape(config).spatial_stride
+    height, width = config.video.height // stride, config.video.width // stride
+    cache = PackCache.for_model(model, config.cache, height, width, config.video.trained_frames)
+    embeds = torch.randn(1, 8, model.config.text_dim, device=device, dtype=dtype)
+    prompts = Prompts(embeds, torch.zeros_like(embeds))
+    rollout = Rollout(model, cache, config.sampler, prompts, prompt_noise(config.seed, ["bench"], [0]))
+    fill(cache, rollout)
+
+    watch = Stopwatch(device)
+    watch.wrap(rollout, "_commit", "commit")
+    for name in ("select", "_place"):
+        watch.wrap(ChunkContext, name, "select_rotate")
+    if model.pack_compressor is not None:
+        watch.wrap(model.pack_compressor, "forward", "compress")
+    steps = len(rollout.steps) if config.sampler.kind == SamplerKind.few_step else config.sampler.num_steps
+    chunk_times, ratios, parts = [], [], defaultdict(list)
+    generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
+    for number in bar:
+        watch.seconds.clear()
+        with watch.part("chunk"):
+            _, latents = next(generator)
+        floor = floor_seconds(model, cache, len(rollout.embeds), steps + 1)
+        if number == 0:  # warm-up: allocations, compilation
+            continue
+        seconds = watch.seconds["chunk"]
+        chunk_times.append(seconds)
+        ratios.append(seconds / floor)
+        parts["denoise"].append(seconds - watch.seconds["commit"])
+        for name in ("commit", "select_rotate", "compress"):
+            parts[name].append(watch.seconds[name])
+        bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
+
+    seconds = {name: statistics.median(values) for name, values in parts.items()}
+    seconds["vae"] = vae_seconds(config, device, dtype, latents.to(device), vae_chunks) if vae_chunks else None
+    seconds["encode"] = text_seconds(config, device)
+    frames = config.video.frames_per_chunk * 4
+    chunk_seconds = statistics.median(chunk_times)
+    half = len(chunk_times) // 2
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "chunks": chunks,
+        "seconds_per_chunk": {"total": chunk_seconds, **seconds},
+        "floor_ratio": statistics.median(ratios),
+        "fps": frames / chunk_seconds,
+        "fps_with_vae": frames / (chunk_seconds + seconds["vae"]) if seconds["vae"] else None,
+        "second_half_over_first": statistics.median(chunk_times[half:]) / statistics.median(chunk_times[:half] or [1]),
+        "kv": cache.report(),
+        "peak_bytes": peak_memory(device),
+    }
+
+
+def print_table(result: dict) -> None:
+    total = result["seconds_per_chunk"]["total"]
+    print(f"\n{'part':<14}{'s/chunk':>10}{'share':>8}")
+    for name, seconds in result["seconds_per_chunk"].items():
+        if seconds is not None:
+            print(f"{name:<14}{seconds:>10.4f}{seconds / total:>8.1%}")
+    print(f"\n{'cache':<14}{'tokens':>10}{'MB':>10}")
+    for name, part in result["kv"].items():
+        print(f"{name:<14}{part['tokens']:>10}{part['bytes'] / 1e6:>10.1f}")
+    with_vae = f", {result['fps_with_vae']:.2f} with VAE" if result["fps_with_vae"] else ""
+    print(
+        f"\n{result['device']}, {result['dtype']}: floor ratio {result['floor_ratio']:.3f}, "
+        f"{result['fps']:.2f} frames/s{with_vae}, peak {result['peak_bytes'] / 1e9:.2f} GB\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True)
+    parser.add_argument("--chunks", type=int, default=12, help="timed chunks, at least 10 for a figure to report")
+    parser.add_argument("--vae_chunks", type=int, default=2, help="chunks decoded to time the VAE; 0: none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.chunks < 1:
+            raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
+        config = load_config(arguments.config_path, arguments.overrides)
+        if config.model.bundle is None and not config.model.random_init:
+            raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
+        result = bench(config, arguments.chunks, arguments.vae_chunks)
+    except ConfigError as error:
+        print(f"bench_inference: {error}", file=sys.stderr)
+        return 2
+    print_table(result)
+    print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
