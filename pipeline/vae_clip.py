@@ -1,0 +1,77 @@
+"""`AutoencoderKLWan` over a whole clip at once: the same function as its chunked path, without the feature cache.
+
+The library's `encode` and `decode` walk the clip in chunks of one latent frame and carry every convolution's last
+frames in a cache. That keeps memory flat at inference; in training it multiplies kernel launches and copies. Every
+operation in between is causal, so one pass over the whole clip gives the same numbers, provided the temporal resampling
+does what the cache makes it do: the first frame goes through untouched, and the up path never looks at it
+(`tests/test_vae.py` holds the two equal).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+
+
+def _resample_frames(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
+    batch, _, frames, _, _ = x.shape
+    x = x.transpose(1, 2).flatten(0, 1)  # [B*F, C, H, W]
+    x = layer.resample(x)  # [B*F, C', H', W']
+    return x.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, C', F, H', W']
+
+
+def _downsample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
+    x = _resample_frames(layer, x)  # [B, C, 1+2n, H/2, W/2]
+    if layer.mode != "downsample3d" or x.shape[2] == 1:
+        return x
+    return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)  # [B, C, 1+n, H/2, W/2]
+
+
+def _upsample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
+    if layer.mode == "upsample3d" and x.shape[2] > 1:
+        pairs = layer.time_conv(x[:, :, 1:])  # [B, 2C, n, H, W]
+        pairs = pairs.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # [B, C, 2n, H, W]
+        x = torch.cat([x[:, :, :1], pairs], dim=2)  # [B, C, 1+2n, H, W]
+    return _resample_frames(layer, x)  # [B, C/2, 1+2n, 2H, 2W]
+
+
+def encode_moments(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and log-variance of a clip.
+
+    Args:
+        video: [batch, 3, 1 + 4n, height, width] in -1..1.
+
+    Returns:
+        Two tensors [batch, z_dim, 1 + n, height / 8, width / 8]; the log-variance is clamped as in the library.
+    """
+    encoder = vae.encoder
+    x = patchify(video, vae.config.patch_size)  # [B, 3*p*p, F, H/p, W/p]
+    x = encoder.conv_in(x)
+    for layer in encoder.down_blocks:
+        x = _downsample(layer, x) if isinstance(layer, WanResample) else layer(x)
+    x = encoder.mid_block(x)  # [B, C, 1+n, H/8, W/8]
+    x = encoder.conv_out(encoder.nonlinearity(encoder.norm_out(x)))  # [B, 2z, 1+n, H/8, W/8]
+    mean, logvar = vae.quant_conv(x).chunk(2, dim=1)
+    return mean, logvar.clamp(-30.0, 20.0)
+
+
+def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Decode a clip of latents, without the library's clamp to -1..1 (a clamped pixel would get no gradient).
+
+    Args:
+        latents: [batch, z_dim, 1 + n, height / 8, width / 8], as the encoder gives them (not normalised).
+
+    Returns:
+        [batch, 3, 1 + 4n, height, width].
+    """
+    decoder = vae.decoder
+    x = decoder.conv_in(vae.post_quant_conv(latents))  # [B, C, 1+n, h, w]
+    x = decoder.mid_block(x)
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = resnet(x)
+        if block.upsamplers is not None:
+            x = _upsample(block.upsamplers[0], x)
+    x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))  # [B, 3*p*p, 1+4n, H/p, W/p]
+    return unpatchify(x, vae.config.patch_size)
