@@ -25,7 +25,7 @@ _NOT_IN_THE_VIDEO = {
         "data_path", "output_folder", "num_samples", "device", "attention_backend", "compile", "threads",
     ),
 }  # fmt: skip
-_OTHER_SECTIONS = ("train", "data")
+_OTHER_SECTIONS = ("train", "data", "vae", "consistency", "ode", "dmd")
 
 
 @dataclass(frozen=True)

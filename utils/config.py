@@ -8,6 +8,7 @@ The dataclasses below are the only place where a default stands. A YAML may name
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,6 +26,9 @@ class Stage(str, Enum):
     vae = "vae"
     teacher = "teacher"
     ar_diffusion = "ar_diffusion"
+    consistency = "consistency"
+    ode = "ode"
+    dmd = "dmd"
 
 
 class CacheKind(str, Enum):
@@ -219,7 +223,8 @@ class TrainConfig:
     sample_prompts: list[str] = field(default_factory=list)
     sample_held_out: int = 0  # further sample prompts: the first captions of the sprite world's held-out split
     sample_frames: int = 21  # latent frames
-    init_from: str | None = None  # transformer folder this stage starts from; null: the `model` section, random weights
+    sample_long_frames: int = 0  # latent frames of a second, longer set of sample videos; 0: none
+    init_from: str | None = None  # transformer folder a teacher or AR model starts from; null: `model`'s shape, random
     text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
     shift: float = 5.0  # of the training noise schedule
     loss_weighting: LossWeighting = LossWeighting.bell
@@ -232,8 +237,8 @@ class TrainConfig:
 
 @dataclass
 class DataConfig:
-    kind: str = "sprites"  # sprites: rendered on the fly; latents: a folder of prepared shards
-    path: str | None = None  # folder of latent shards (written once where kind is sprites)
+    kind: str = "sprites"  # sprites: rendered on the fly; latents: a folder of prepared shards; prompts: text alone
+    path: str | None = None  # folder of latent shards (written once where kind is sprites), or a file of prompts
     vae: str | None = None  # VAE folder that encodes the clips and decodes the samples
     num_clips: int = 4096
     num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
@@ -260,6 +265,40 @@ class VAEConfig:
 
 
 @dataclass
+class ConsistencyConfig:
+    """Causal consistency distillation (stage `consistency`); its target is the EMA, see `train.ema_decay`."""
+
+    grid_steps: int = 48  # Euler steps of the teacher from noise to clean
+    guidance: float = 3.0  # of the teacher's step
+
+
+@dataclass
+class ODEConfig:
+    """Trajectories of the AR model (`scripts/generate_ode_pairs.py`) and the regression on them (stage `ode`)."""
+
+    path: str | None = None  # folder of trajectory shards
+    num_trajectories: int = 1024
+    shard_size: int = 16  # trajectories per file
+    grid_steps: int = 48  # Euler steps; `sampler.steps` must be among them
+    guidance: float = 6.0
+
+
+@dataclass
+class DMDConfig:
+    """Distribution-matching distillation (stage `dmd`): both scores and the self-rollout."""
+
+    teacher: str | None = None  # folder of the frozen WanTransformer3DModel, the real score
+    critic: str | None = None  # folder that the critic, the fake score, starts from; null: the teacher's
+    critic_updates: int = 5  # per update of the generator
+    critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
+    guidance: float = 3.0  # of the real score: cond + g * (cond - uncond)
+    score_shift: float = 5.0  # of the timesteps at which both scores are asked
+    min_timestep: float = 20.0
+    max_timestep: float = 980.0
+    max_rollout_frames: int | None = None  # latent frames; null: video.trained_frames. The loss is on the last of them
+
+
+@dataclass
 class Config:
     """The whole. Sections are documented at their classes."""
 
@@ -272,6 +311,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    ode: ODEConfig = field(default_factory=ODEConfig)
+    dmd: DMDConfig = field(default_factory=DMDConfig)
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -384,7 +426,7 @@ def validate(config: Config) -> None:
     require(inference.num_output_frames > 0, "inference.num_output_frames", inference.num_output_frames,
             "must be positive")  # fmt: skip
     require(inference.num_output_frames % video.frames_per_chunk == 0, "inference.num_output_frames",
-            inference.num_output_frames, f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}")  # fmt: skip
+            inference.num_output_frames, f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}")
     require(inference.num_samples > 0, "inference.num_samples", inference.num_samples, "must be positive")
     require(train.max_steps > 0, "train.max_steps", train.max_steps, "must be positive")
     require(train.batch_size > 0, "train.batch_size", train.batch_size, "must be positive")
@@ -404,13 +446,30 @@ def validate(config: Config) -> None:
             "must be no or bf16")  # fmt: skip
     require(train.tracker in (None, "wandb", "tensorboard"), "train.tracker", train.tracker,
             "must be null, wandb or tensorboard")  # fmt: skip
-    require(data.kind in ("sprites", "latents"), "data.kind", data.kind, "must be sprites or latents")
+    require(data.kind in ("sprites", "latents", "prompts"), "data.kind", data.kind,
+            "must be sprites, latents or prompts")  # fmt: skip
     require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
     for name, largest in (("crop_height", video.height), ("crop_width", video.width)):
         value = getattr(config.vae, name)
         fits = 0 < value <= largest and value % 16 == 0
         require(fits or not config.vae.crop_steps, f"vae.{name}", value, f"must be a multiple of 16, at most {largest}")
     require(config.vae.max_sprites >= 1, "vae.max_sprites", config.vae.max_sprites, "must be at least 1")
+    _validate_distillation(config, require)
+
+
+def _validate_distillation(config: Config, require: Callable[[bool, str, Any, str], None]) -> None:
+    ode, dmd, chunk = config.ode, config.dmd, config.video.frames_per_chunk
+    require(config.consistency.grid_steps >= 2, "consistency.grid_steps", config.consistency.grid_steps,
+            "must be at least 2")  # fmt: skip
+    for name in ("num_trajectories", "shard_size", "grid_steps"):
+        require(getattr(ode, name) >= 1, f"ode.{name}", getattr(ode, name), "must be at least 1")
+    require(dmd.critic_updates >= 1, "dmd.critic_updates", dmd.critic_updates, "must be at least 1")
+    require(dmd.score_shift > 0, "dmd.score_shift", dmd.score_shift, "must be positive")
+    require(0 < dmd.min_timestep <= dmd.max_timestep <= 1000, "dmd.min_timestep", dmd.min_timestep,
+            f"0 < dmd.min_timestep <= dmd.max_timestep={dmd.max_timestep} <= 1000 must hold")  # fmt: skip
+    longest, window = dmd.max_rollout_frames, config.video.trained_frames
+    require(longest is None or (longest >= window and longest % chunk == 0), "dmd.max_rollout_frames", longest,
+            f"must be null, or at least video.trained_frames={window} and a multiple of video.frames_per_chunk={chunk}")
 
 
 def to_yaml(config: Config) -> str:
