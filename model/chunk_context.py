@@ -118,7 +118,7 @@ class ChunkContext:
                 start = torch.tensor([(chunk - self.chunk) * frames], device=query.device)
                 means.append(time_rotation(start, query.shape[-1])(own_time[:, None])[:, 0])
             mean_query = torch.stack(means).mean(0)
-        shifts = torch.tensor([(chunk - self.chunk) * frames for chunk in self.archived], dtype=torch.float64)
+        shifts = (torch.tensor(self.archived) - self.chunk).double() * frames
         return affinity(mean_query, cache.mean_keys(layer), shifts)
 
     @torch.compiler.disable

@@ -271,7 +271,7 @@ class PackCache:
         while self.config.mid_capacity is not None and len(self.archive) > self.config.mid_capacity:
             del self.archive[next(iter(self.archive))]
 
-    def _mean_row(self, chunk: int) -> int:
+    def _mean_row(self, chunk: int | torch.Tensor) -> int | torch.Tensor:
         index = chunk - self.layout.sink
         return index if self.config.mid_capacity is None else index % self.config.mid_capacity
 
@@ -291,8 +291,8 @@ class PackCache:
 
     def mean_keys(self, layer: int) -> torch.Tensor:
         """[B, M, h, D] of the archived chunks in time order."""
-        rows = torch.tensor([self._mean_row(chunk) for chunk in self.archive], device=self._mean_keys[layer].device)
-        return self._mean_keys[layer][:, rows]
+        rows = self._mean_row(torch.tensor(list(self.archive)))
+        return self._mean_keys[layer][:, rows.to(self._mean_keys[layer].device)]
 
     def report(self) -> dict[str, dict[str, int]]:
         """Tokens (per layer and sample) and bytes (all layers, the whole batch) of each part for the next chunk.
