@@ -214,7 +214,7 @@ def describe_cache(cache: PackCache) -> str:
     """`27768 tokens, 5.12 GB`: what the next chunk attends."""
     parts = [cache.report()[name] for name in ("sink", "mid", "recent")]
     tokens, size = (sum(part[key] for part in parts) for key in ("tokens", "bytes"))
-    return f"{tokens} tokens, {size / 1e9:.2f} GB" if size >= 1e8 else f"{tokens} tokens, {size / 1e6:.1f} MB"
+    return f"{tokens} tokens, {size / 1e9:.2f} GB" if size >= 1e8 else f"{tokens} tokens, {size / 1e6:.3g} MB"
 
 
 def _device_name(device: torch.device) -> str:
