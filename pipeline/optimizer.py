@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 
 from utils.config import OptimizerConfig, OptimizerKind
 
@@ -41,13 +42,32 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
 
 
 class RoleState:
-    """Everything that changes when a role is updated, apart from its gradients."""
+    """Everything that changes when a role is updated, apart from its gradients.
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, max_steps: int, ema_decay: float, ema_start: int):
+    Args:
+        module: what is trained.
+        ema_start: step from which an EMA is kept; None: none is.
+        target: a copy of `module` that holds the EMA from the start, for a stage that runs it.
+        parts: modules inside `module` whose gradients and updates are measured on their own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        max_steps: int,
+        ema_decay: float,
+        ema_start: int | None,
+        target: nn.Module | None = None,
+        parts: dict[str, nn.Module] | None = None,
+    ):
         self.module, self.config, self.max_steps = module, config, max_steps
-        self.ema_decay, self.ema_start = ema_decay, ema_start
+        self.ema_decay, self.ema_start, self.parts = ema_decay, ema_start, parts or {}
         self.optimizers = build_optimizers(module, config)
         self.ema: dict[str, torch.Tensor] | None = None
+        if target is not None:
+            held = dict(target.named_parameters())
+            self.ema = {name: held[name].detach() for name, p in module.named_parameters() if p.requires_grad}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -60,19 +80,33 @@ class RoleState:
                 p.grad = torch.zeros_like(p)
             yield p.grad
 
-    def update(self, step: int) -> float:
-        """One optimizer step, then the EMA; returns the learning rate."""
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the gradient of every part, to log."""
+        return {
+            f"grad_norm_{name}": get_total_norm([p.grad for p in part.parameters() if p.grad is not None]).item()
+            for name, part in self.parts.items()
+        }
+
+    def update(self, step: int) -> dict[str, float]:
+        """One optimizer step, then the EMA; returns the learning rate and how far every part moved, to log."""
         rate = learning_rate(self.config, step, self.max_steps)
+        before = {name: [p.detach().clone() for p in part.parameters()] for name, part in self.parts.items()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
         self._update_ema(step)
-        return rate
+        moved = {
+            f"update_norm_{name}": get_total_norm(
+                [p.detach() - old for p, old in zip(self.parts[name].parameters(), olds, strict=True)]
+            ).item()
+            for name, olds in before.items()
+        }
+        return {"lr": rate} | moved
 
     @torch.no_grad()
     def _update_ema(self, step: int) -> None:
-        if step < self.ema_start:
+        if self.ema is None and (self.ema_start is None or step < self.ema_start):
             return
         named = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
         if self.ema is None:
@@ -95,4 +129,9 @@ class RoleState:
         self.module.load_state_dict(state["module"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-        self.ema = state["ema"]
+        if self.ema is None or state["ema"] is None:
+            self.ema = state["ema"]
+            return
+        with torch.no_grad():  # in place: the tensors may be those of a target module
+            for name, value in state["ema"].items():
+                self.ema[name].copy_(value)

@@ -1,14 +1,15 @@
 """What a training stage is to the trainer: modules, samples by index, a loss, and how to show and store the result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from utils.config import Config
+from utils.config import Config, OptimizerConfig
 from utils.config import Stage as StageName
 from utils.distributed import World
 
@@ -21,14 +22,30 @@ class Stage(ABC):
     Attributes:
         name: for logs and checkpoints.
         modules: role -> trainable module; each role has its own optimizer, EMA and gradient clip.
+        targets: role -> module of the same parameters that the stage runs and the trainer keeps at the role's EMA.
+        frozen: further modules that are run; nothing changes them.
     """
 
     name: str
     modules: dict[str, nn.Module]
+    targets: Mapping[str, nn.Module] = {}
+    frozen: Mapping[str, nn.Module] = {}
 
     def roles(self, step: int) -> tuple[str, ...]:
         """Roles that are updated at a step, in order."""
         return tuple(self.modules)
+
+    def optimizer(self, role: str) -> OptimizerConfig | None:
+        """Optimizer settings of a role; None: `train.optimizer`."""
+        return None
+
+    def keeps_ema(self, role: str) -> bool:
+        """Whether the role's EMA is of any use."""
+        return True
+
+    def parts(self, role: str) -> dict[str, nn.Module]:
+        """Parts of a role's module whose gradient and update norms are logged on their own."""
+        return {}
 
     @abstractmethod
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
@@ -52,14 +69,15 @@ class Stage(ABC):
 
 def build_stage(config: Config, device: torch.device, world: World) -> Stage:
     """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
-    if config.train.stage == StageName.vae:
-        from pipeline.vae import VAEStage
+    module, name = _STAGES[config.train.stage]
+    return getattr(import_module(module), name)(config, device, world)
 
-        return VAEStage(config, device, world)
-    if config.train.stage == StageName.teacher:
-        from pipeline.diffusion import TeacherStage
 
-        return TeacherStage(config, device, world)
-    from pipeline.diffusion import ARDiffusionStage
-
-    return ARDiffusionStage(config, device, world)
+_STAGES = {  # by name: the stages' modules import this one
+    StageName.vae: ("pipeline.vae", "VAEStage"),
+    StageName.teacher: ("pipeline.diffusion", "TeacherStage"),
+    StageName.ar_diffusion: ("pipeline.diffusion", "ARDiffusionStage"),
+    StageName.consistency: ("pipeline.consistency", "ConsistencyStage"),
+    StageName.ode: ("pipeline.ode", "ODEStage"),
+    StageName.dmd: ("pipeline.dmd", "DMDStage"),
+}

@@ -21,6 +21,7 @@ from pipeline.checkpoints import list_checkpoints, load_checkpoint, save_checkpo
 from pipeline.optimizer import RoleState
 from pipeline.stage import Stage, Weights
 from utils.config import Config, ConfigError
+from utils.config import Stage as StageName
 from utils.distributed import World, average, barrier, gather_objects
 from utils.tracking import Tracker
 
@@ -77,7 +78,7 @@ def check_plan(config: Config, world_size: int) -> None:
     """Raise `ConfigError` where sizes do not go together; needs no model and no data."""
     train = config.train
     if train.stage is None:
-        raise ConfigError("setting `train.stage` is not set: choose vae, teacher or ar_diffusion")
+        raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(StageName)}")
     if train.total_batch_size is None:
         return
     if train.phases:
@@ -119,7 +120,15 @@ class Trainer:
         train = config.train
         self.plan = StepPlan(config, world.size)
         self.states = {
-            role: RoleState(module, train.optimizer, train.max_steps, train.ema_decay, train.ema_start_step)
+            role: RoleState(
+                module,
+                stage.optimizer(role) or train.optimizer,
+                train.max_steps,
+                train.ema_decay,
+                train.ema_start_step if stage.keeps_ema(role) else None,
+                stage.targets.get(role),
+                stage.parts(role),
+            )
             for role, module in stage.modules.items()
         }
         self.step = 0
@@ -203,13 +212,14 @@ class Trainer:
             for key, value in ({"loss": loss.item()} | logs).items():
                 sums[key] = sums.get(key, 0.0) + value / micros
         average(state.gradients(), self.world)
+        parts = state.gradient_norms()
         norm = torch.nn.utils.clip_grad_norm_(state.parameters, train.max_grad_norm).item()
         keys = sorted(sums)
         means = torch.tensor([sums[key] for key in keys], dtype=torch.float64)
         average([means], self.world)
-        logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm}
+        logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm} | parts
         if math.isfinite(norm) and math.isfinite(logs["loss"]):
-            logs["lr"] = state.update(self.step)
+            logs |= state.update(self.step)
         state.zero_grad()
         prefix = "" if len(self.stage.modules) == 1 else f"{role}/"
         return {"loss": logs["loss"]} | {prefix + key: value for key, value in logs.items()}
