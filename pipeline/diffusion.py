@@ -8,40 +8,28 @@ one timestep a chunk, and the clean clip beside the noisy one under the block ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from model.causal_wan import CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
-from model.kv_cache import PackCache
 from model.matmul_attention import prepare_for_cpu
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from pipeline.generator_stage import CausalGeneratorStage, Generator, GeneratorStage
 from pipeline.losses import flow_loss
-from pipeline.rollout import Prompts, Rollout, prompt_noise
-from pipeline.samples import sample_prompts, write_samples
-from pipeline.stage import Stage, Weights
-from pipeline.stage_parts import LatentData, TextConditioning, exported, swapped_in
+from pipeline.rollout import Prompts, prompt_noise
+from pipeline.stage_parts import LatentData, TextConditioning
 from pipeline.trainer import StepPlan
 from utils.config import Config, ConfigError, LossWeighting
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 
 
-class Generator(nn.Module):
-    """The module a flow-matching stage trains: the DiT and, where it is trained along, the text encoder."""
-
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None):
-        super().__init__()
-        self.transformer = transformer
-        self.text_encoder = text_encoder
-
-
-class FlowMatchingStage(Stage):
-    """What both stages share: data, text, noise, the loss, samples and export."""
+class FlowMatchingStage(GeneratorStage):
+    """What the stages share: data, text, noise and the loss."""
 
     timestep_per_chunk: bool
 
@@ -51,6 +39,7 @@ class FlowMatchingStage(Stage):
         self.schedule = FlowMatchSchedule(config.train.shift)
         self.text = TextConditioning.load(config, device)
         self.data = LatentData.load(config, device, world)
+        self.vae_folder, self.latent_shape = self.data.vae_folder, (self.data.channels, *self.data.size)
         self.transformer = self._build(self.text.text_dim).to(device)
         if device.type == "cpu":
             prepare_for_cpu(self.transformer)
@@ -61,14 +50,6 @@ class FlowMatchingStage(Stage):
 
     def _build(self, text_dim: int) -> nn.Module:
         raise NotImplementedError
-
-    def _sampler(self) -> Any:
-        """prompts, embeddings [P, text_len, text_dim], negative [1, ...] -> latents [P, C, F, H, W]."""
-        raise NotImplementedError
-
-    def compile(self) -> None:
-        for block in self.transformer.blocks:
-            block.compile()
 
     def _frames(self, step: int) -> int:
         """Latent frames of the clips at a step."""
@@ -123,35 +104,6 @@ class FlowMatchingStage(Stage):
         """noisy [B, C, F, H, W], timestep [B, F], embeds [B, text_len, text_dim] -> flow [B, C, F, H, W]."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def sample(self, step: int, folder: Path, ema: Weights | None) -> dict[str, float]:
-        config = self.config
-        prompts = sample_prompts(config)
-        if not prompts:
-            return {}
-        module = self.modules["generator"]
-        module.eval()
-        with swapped_in(module, None if ema is None else ema["generator"]), torch.random.fork_rng(devices=[]):
-            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16")
-            with autocast:
-                embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()
-                latents = self._generate(prompts, embeds[:-1], embeds[-1:], step)
-        module.train()
-        return write_samples(folder, prompts, latents.float(), self.data.vae(self.device), config.video.fps)
-
-    def _generate(self, prompts: list[str], embeds: torch.Tensor, negative: torch.Tensor, step: int) -> torch.Tensor:
-        """Sampled latents [P, C, F, H, W]."""
-        raise NotImplementedError
-
-    def export(self, folder: Path, ema: Weights | None) -> None:
-        """transformer/, text_encoder/, tokenizer/ and scheduler/ in bfloat16."""
-        module = self.modules["generator"]
-        with swapped_in(module, None if ema is None else ema["generator"]):
-            exported(self.transformer).save_pretrained(folder / "transformer")
-            exported(self.text.encoder).save_pretrained(folder / "text_encoder")
-        self.text.tokenizer.save_pretrained(folder / "tokenizer")
-        FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
-
     def _settings(self, text_dim: int) -> dict[str, Any]:
         """Shape of a fresh transformer: the config's `model` section and the data's channels."""
         model = self.config.model
@@ -199,7 +151,7 @@ class TeacherStage(FlowMatchingStage):
     def _generate(self, prompts, embeds, negative, step):
         """Euler steps of the flow ODE with classifier-free guidance, over the whole clip at once."""
         sampler, frames = self.config.sampler, min(self._frames(step), self.config.train.sample_frames)
-        shape = (self.data.channels, frames, *self.data.size)
+        shape = (self.latent_shape[0], frames, *self.latent_shape[1:])
         noise = prompt_noise(self.config.seed, prompts, [0] * len(prompts))
         latents = noise(0, 0, shape).to(self.device)  # [P, C, F, H, W]
         both = Prompts(embeds, negative).branches(sampler.guidance)  # [P or 2P, text_len, text_dim]
@@ -215,7 +167,7 @@ class TeacherStage(FlowMatchingStage):
         return latents
 
 
-class ARDiffusionStage(FlowMatchingStage):
+class ARDiffusionStage(FlowMatchingStage, CausalGeneratorStage):
     """Chunk-causal `CausalWanModel` by teacher forcing, one timestep a chunk."""
 
     name = "ar_diffusion"
@@ -252,12 +204,3 @@ class ARDiffusionStage(FlowMatchingStage):
             clean = self.schedule.add_noise(clean, torch.stack(noise).to(clean), level)
         out = self.transformer(noisy, timestep, embeds, clean_hidden_states=clean, clean_timestep=level)
         return out.sample
-
-    def _generate(self, prompts, embeds, negative, step):
-        """The inference rollout, chunk by chunk with the configured cache."""
-        config = self.config
-        cache = PackCache.for_model(self.transformer, config.cache, *self.data.size, config.video.trained_frames)
-        noise = prompt_noise(config.seed, prompts, [0] * len(prompts))
-        rollout = Rollout(self.transformer, cache, config.sampler, Prompts(embeds, negative), noise)
-        chunks = config.train.sample_frames // config.video.frames_per_chunk
-        return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)

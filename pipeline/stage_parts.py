@@ -126,9 +126,6 @@ class LatentData:
         clip = source.clip_of(seed, index)
         return source.latents[clip, :, :frames], source.captions[clip]
 
-    def vae(self, device: torch.device) -> AutoencoderKLWan:
-        return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(device)
-
 
 @contextmanager
 def swapped_in(module: nn.Module, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
