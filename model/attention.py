@@ -7,6 +7,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from model.matmul_attention import matmul_attention
+
 
 def best_backend(device: torch.device | str) -> str:
     """Fastest dispatcher backend that is installed: FlashAttention 3, FlashAttention 2, cuDNN, else PyTorch's SDPA."""
@@ -31,8 +33,10 @@ def attend(
     """query [B, L, H, D], key and value [B, M, H, D] -> [B, L, H, D].
 
     With a mask the call goes to flex attention (block mask) or SDPA (boolean mask), whatever `backend` says, as the
-    flash kernels take none.
+    flash kernels take none. On a CPU, what needs a gradient goes to plain matrix products (model/matmul_attention.py).
     """
+    if query.requires_grad and query.device.type == "cpu":
+        return matmul_attention(query, key, value, mask)
     if isinstance(mask, BlockMask):
         out = _compiled_flex()(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), block_mask=mask)
         return out.transpose(1, 2)

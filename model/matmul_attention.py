@@ -1,8 +1,8 @@
 """What makes a Wan DiT train faster on a CPU, with the same numbers up to rounding (`prepare_for_cpu`).
 
-Attention is two matrix products and a softmax: PyTorch's fused CPU attention has a slow backward: measured with bf16 on an AMX core, 288 tokens, 4 heads x 64, it
-takes 1.6 times as long as this under `torch.compile`, and with 16 text tokens as keys 6 times as long. GELU's tanh form
-is written with a sigmoid, which vectorises better. Together 1.4 times the samples per second.
+Attention is two matrix products and a softmax, as PyTorch's fused CPU attention has a slow backward: measured with bf16
+on an AMX core, 288 tokens, 4 heads x 64, it takes 1.6 times as long under `torch.compile`, and with 16 text tokens as
+keys 6 times. GELU's tanh form is written with a sigmoid, which vectorises better. Together 1.4 times the samples/s.
 """
 
 import torch
