@@ -21,6 +21,8 @@ from utils.rng import keyed_randn
 
 # (chunk index, step, shape [C, F, H, W]) -> standard normal noise [B, C, F, H, W]
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
+# (chunk index, step, latents [B, C, F, H, W] that the step starts from)
+StepObserver = Callable[[int, int, torch.Tensor], None]
 
 
 def prompt_noise(seed: int, prompts: list[str], samples: list[int]) -> NoiseSource:
@@ -67,6 +69,8 @@ class Rollout:
         noise: where noise comes from.
         grad_step: training (self-rollout): stop every chunk at this step index and run that step with gradient; the
             compressor is then trained through the mid tokens. None: no gradient, all steps.
+        grad_from: with `grad_step`, chunks before this one stop at the same step but have no gradient.
+        observe: called before every denoising step.
 
     Attributes:
         mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
@@ -80,8 +84,11 @@ class Rollout:
         prompts: Prompts,
         noise: NoiseSource,
         grad_step: int | None = None,
+        grad_from: int = 0,
+        observe: StepObserver | None = None,
     ):
-        self.model, self.cache, self.sampler, self.noise, self.grad_step = model, cache, sampler, noise, grad_step
+        self.model, self.cache, self.sampler, self.noise = model, cache, sampler, noise
+        self.grad_step, self.grad_from, self.observe = grad_step, grad_from, observe
         if grad_step is not None and (sampler.kind != SamplerKind.few_step or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
         self.schedule = FlowMatchSchedule(sampler.shift)
@@ -115,6 +122,10 @@ class Rollout:
         shape = (channels, geometry.frames, geometry.latent_height, geometry.latent_width)
         return self.noise(chunk, step, shape).to(self._device)
 
+    def _observe(self, index: int, step: int, latents: torch.Tensor) -> None:
+        if self.observe is not None:
+            self.observe(index, step, latents)
+
     def _flow(self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False) -> torch.Tensor:
         """Guided flow [B, C, F, H, W], float32."""
         out = self._forward(latents, timestep, context, return_kv=False, train_compressor=train)
@@ -144,7 +155,8 @@ class Rollout:
         latents = self._draw(index, 0)  # [B, C, F, H, W]
         for step in range(last + 1):
             timestep = torch.full((self.batch,), steps[step], device=self._device)
-            train = self.grad_step is not None and step == last
+            train = self.grad_step is not None and step == last and index >= self.grad_from
+            self._observe(index, step, latents)
             flow = self._flow(latents, steps[step], context, train)
             x0 = self.schedule.flow_to_x0(flow, latents, timestep)
             if step < last:
@@ -156,7 +168,8 @@ class Rollout:
         """Euler steps of the flow ODE from sigma 1 to 0."""
         sigmas = self.schedule.euler_sigmas(self.sampler.num_steps).tolist()
         latents = self._draw(index, 0)
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            self._observe(index, step, latents)
             flow = self._flow(latents, 1000 * sigma, context)
             latents = latents + (following - sigma) * flow
         return latents
