@@ -20,7 +20,7 @@ import warnings
 import diffusers
 import transformers
 
-from pipeline.inference import Generator, check_cache, resolve_runtime, weight_hashes
+from pipeline.inference import Generator, make_cache, resolve_runtime, weight_hashes
 from pipeline.jobs import check_output_folder, is_finished, plan, read_prompts, resolved
 from utils.bundle import VAEShape, check_bundle, vae_shape
 from utils.config import Config, ConfigError, load_config, validate
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.seconds is not None:
         config.inference.num_output_frames = latent_frames(arguments.seconds, config, vae)
     runtime = resolve_runtime(config)
-    check_cache(config, vae)
+    cache = make_cache(config, vae)
     folder = check_output_folder(config.inference.output_folder)
 
     weights, settings = weight_hashes(config), resolved(config)
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         log.info("%d of %d videos are finished already in %s", len(jobs) - len(waiting), len(jobs), folder)
     if not waiting:
         return
-    generator = Generator(config, runtime, [job.prompt for job in waiting], weights)
+    generator = Generator(config, runtime, [job.prompt for job in waiting], weights, cache)
     for job in waiting:
         content = generator.generate(job)
         log.info("%s: %d frames, %.1f frames/s", job.video, content["frames"], content["timing"]["frames_per_second"])
@@ -106,7 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.captureWarnings(True)
     warnings.formatwarning = lambda message, *_: str(message)
-    warnings.filterwarnings("once", category=UserWarning)  # the cache warns for every video
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

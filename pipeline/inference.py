@@ -33,7 +33,6 @@ from utils.bundle import (
     place,
     transformer_settings,
     transformer_source,
-    vae_shape,
 )
 from utils.checkpoint import content_hash
 from utils.config import Config, ConfigError
@@ -81,8 +80,8 @@ def resolve_runtime(config: Config) -> Runtime:
     return Runtime(device, _DTYPES[dtype])
 
 
-def check_cache(config: Config, vae: VAEShape) -> None:
-    """Raise `ConfigError` where the cache's settings do not fit the chunk or the latent size."""
+def make_cache(config: Config, vae: VAEShape) -> PackCache:
+    """The history, one for all videos of a run. Raises `ConfigError` where its settings do not fit chunk or size."""
     settings = transformer_settings(config)
     try:
         geometry = ChunkGeometry(
@@ -90,7 +89,7 @@ def check_cache(config: Config, vae: VAEShape) -> None:
             config.video.height // vae.spatial_stride,
             config.video.width // vae.spatial_stride,
         )
-        PackCache(config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
+        return PackCache(config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -138,8 +137,10 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
 class Generator:
     """Turns jobs into files. Loads all models; the checks that need none belong before it."""
 
-    def __init__(self, config: Config, runtime: Runtime, prompts: list[str], weights: dict[str, str]):
-        self.config, self.runtime, self.weights = config, runtime, weights
+    def __init__(
+        self, config: Config, runtime: Runtime, prompts: list[str], weights: dict[str, str], cache: PackCache
+    ):
+        self.config, self.runtime, self.weights, self.cache = config, runtime, weights, cache
         if config.inference.threads is not None:
             torch.set_num_threads(config.inference.threads)
         guided = config.sampler.guidance != 1
@@ -149,18 +150,14 @@ class Generator:
         self.embeddings = encode_prompts(config, [*prompts, negative] if guided else prompts, runtime)
         self.negative = self.embeddings[negative] if guided else None
         self.vae = load_vae(config, runtime.device, runtime.dtype)
-        self.vae_shape = vae_shape(config)
 
     def generate(self, job: Job) -> dict[str, Any]:
         """Write the job's video and, when it is complete, its sidecar; returns the sidecar's content."""
         config, video, device = self.config, self.config.video, self.runtime.device
-        stride = self.vae_shape.spatial_stride
-        cache = PackCache.for_model(
-            self.model, config.cache, video.height // stride, video.width // stride, video.trained_frames
-        )
+        self.cache.reset()
         rollout = Rollout(
             self.model,
-            cache,
+            self.cache,
             config.sampler,
             Prompts(*(None if x is None else x.to(device) for x in (self.embeddings[job.prompt], self.negative))),
             prompt_noise(config.seed, [job.prompt], [job.sample]),
@@ -176,16 +173,16 @@ class Generator:
                 pixels = decoder.decode(latents)  # [1, 3, F, H, W]
                 writer.append(to_uint8(pixels[0]))
                 progress.set_postfix_str(
-                    f"{writer.frames / (time.perf_counter() - start):.1f} frames/s, {describe_cache(cache)}",
+                    f"{writer.frames / (time.perf_counter() - start):.1f} frames/s, {describe_cache(self.cache)}",
                     refresh=False,
                 )
                 progress.update()
         seconds = time.perf_counter() - start
-        content = self._describe(job, cache, writer.frames, seconds)
+        content = self._describe(job, writer.frames, seconds)
         _write_json(job.sidecar, content)
         return content
 
-    def _describe(self, job: Job, cache: PackCache, frames: int, seconds: float) -> dict[str, Any]:
+    def _describe(self, job: Job, frames: int, seconds: float) -> dict[str, Any]:
         config = self.config
         return {
             "prompt": job.prompt,
@@ -196,12 +193,12 @@ class Generator:
             "fps": config.video.fps,
             "frames": frames,
             "latent_frames": config.inference.num_output_frames,
-            "chunks": cache.num_chunks,
+            "chunks": self.cache.num_chunks,
             "height": config.video.height,
             "width": config.video.width,
             "checkpoint": None if config.model.random_init else str(transformer_source(config)),
             "weights": self.weights,
-            "cache": cache.report(),
+            "cache": self.cache.report(),
             "timing": {"seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)},
             "device": _device_name(self.runtime.device),
             "dtype": str(self.runtime.dtype).removeprefix("torch."),
