@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from pipeline.preflight import check_plan
 from pipeline.stage import build_stage
-from pipeline.trainer import Trainer, TrainingDivergedError, check_plan
+from pipeline.trainer import Trainer, TrainingDivergedError
 from utils.config import Config, ConfigError, load_config, to_yaml
 from utils.distributed import World, join_world, leave_world
 from utils.tracking import Tracker

@@ -13,7 +13,7 @@ from model.kv_cache import PackCache
 from pipeline.rollout import Prompts, Rollout, prompt_noise
 from pipeline.samples import sample_prompts, write_samples
 from pipeline.stage import Stage, Weights
-from pipeline.stage_parts import TextConditioning, exported, swapped_in
+from pipeline.stage_parts import TextConditioning, save_exported, swapped_in
 from utils.config import Config
 
 
@@ -82,8 +82,8 @@ class GeneratorStage(Stage):
         """A bundle (`utils/bundle.py`): transformer and text encoder in bfloat16, and the VAE as it is."""
         module = self.modules["generator"]
         with swapped_in(module, None if ema is None else ema["generator"]):
-            exported(self.transformer).save_pretrained(folder / "transformer")
-            exported(self.text.encoder).save_pretrained(folder / "text_encoder")
+            save_exported(self.transformer, folder / "transformer")
+            save_exported(self.text.encoder, folder / "text_encoder")
         self.text.tokenizer.save_pretrained(folder / "tokenizer")
         FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)

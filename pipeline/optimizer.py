@@ -1,12 +1,12 @@
 """Optimizer, learning rate, gradient clip and EMA of one role of a training stage."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
 
+from pipeline.sharding import global_norm, local
 from utils.config import OptimizerConfig, OptimizerKind
 
 
@@ -20,15 +20,20 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices inside the transformer blocks and AdamW for the rest.
 
-    Vectors (norms, biases, modulation tables) get no weight decay.
+    Vectors (norms, biases) get no weight decay. Sharded and whole parameters are in groups of their own, as fused
+    updates take no mixture.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     by_muon = [p for name, p in named if config.kind == OptimizerKind.muon and "blocks." in name and p.ndim == 2]
     chosen = {id(p) for p in by_muon}
     rest = [p for _, p in named if id(p) not in chosen]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in rest if (p.ndim >= 2) == decays and isinstance(p, DTensor) == sharded],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+        for sharded in (True, False)
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=tuple(config.betas), fused=True)
@@ -39,6 +44,9 @@ def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.o
             torch.optim.Muon(by_muon, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
+
+
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class RoleState:
@@ -73,19 +81,27 @@ class RoleState:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def gradients(self) -> Iterable[torch.Tensor]:
+    def gradients(self) -> list[torch.Tensor]:
         """Gradients of all parameters; one that got none counts as zero, so that ranks agree on the list."""
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            yield p.grad
+        return [p.grad for p in self.parameters]
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of the gradient of every part, to log."""
         return {
-            f"grad_norm_{name}": get_total_norm([p.grad for p in part.parameters() if p.grad is not None]).item()
+            f"grad_norm_{name}": global_norm(p.grad for p in part.parameters() if p.grad is not None).item()
             for name, part in self.parts.items()
         }
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients to a norm of at most `max_norm` over all parameters and ranks; returns what it was."""
+        gradients = self.gradients()
+        norm = global_norm(gradients)
+        scale = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        return norm.item()
 
     def update(self, step: int) -> dict[str, float]:
         """One optimizer step, then the EMA; returns the learning rate and how far every part moved, to log."""
@@ -97,8 +113,8 @@ class RoleState:
             optimizer.step()
         self._update_ema(step)
         moved = {
-            f"update_norm_{name}": get_total_norm(
-                [p.detach() - old for p, old in zip(self.parts[name].parameters(), olds, strict=True)]
+            f"update_norm_{name}": global_norm(
+                p.detach() - old for p, old in zip(self.parts[name].parameters(), olds, strict=True)
             ).item()
             for name, olds in before.items()
         }
@@ -112,26 +128,38 @@ class RoleState:
         if self.ema is None:
             self.ema = {name: p.clone() for name, p in named.items()}
         else:
-            torch._foreach_lerp_(list(self.ema.values()), list(named.values()), 1 - self.ema_decay)
+            held, new = ([local(values[name]) for name in named] for values in (self.ema, named))
+            torch._foreach_lerp_(held, new, 1 - self.ema_decay)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "module": self.module.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "ema": self.ema,
-        }
+    def tensors(self) -> dict[str, Any]:
+        """Everything that a checkpoint must hold, as nested dicts of tensors by parameter name. They are the live ones:
+        loading into them restores the state."""
+        names = {p: name for name, p in self.module.named_parameters()}
+        state = {"module": self.module.state_dict(), "optimizer": {}}
+        for optimizer in self.optimizers:
+            for p, values in optimizer.state.items():
+                state["optimizer"][names[p]] = values
+        if self.ema is not None:
+            state["ema"] = self.ema
+        return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        if self.ema is None or state["ema"] is None:
-            self.ema = state["ema"]
-            return
-        with torch.no_grad():  # in place: the tensors may be those of a target module
-            for name, value in state["ema"].items():
-                self.ema[name].copy_(value)
+    def allocated(self) -> dict[str, bool]:
+        """Which parts of the state exist yet; what `allocate` takes."""
+        return {"optimizer": any(optimizer.state for optimizer in self.optimizers), "ema": self.ema is not None}
+
+    def allocate(self, optimizer: bool, ema: bool) -> None:
+        """Create state that appears in training only, for `tensors` to show it; values are not meaningful."""
+        if optimizer:
+            self.zero_grad()
+            self.gradients()
+            for each in self.optimizers:
+                for group in each.param_groups:
+                    group["lr"] = 0.0  # until the next update
+                each.step()
+            self.zero_grad()
+        if ema and self.ema is None:
+            self.ema = {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}

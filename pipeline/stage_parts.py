@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipeline.latents import write_latents
+from pipeline.sharding import plain_copy
 from utils.checkpoint import cast_weights, content_hash
 from utils.config import Config, ConfigError
 from utils.data import LatentClips, sprite_clips
@@ -147,8 +147,17 @@ def swapped_in(module: nn.Module, weights: dict[str, torch.Tensor] | None) -> It
                     p.copy_(own[name])
 
 
-def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A copy on the CPU with every weight in `dtype`, to be saved."""
-    model = copy.deepcopy(model).cpu()
-    cast_weights(model, dtype, keep_in_fp32=None)
-    return model
+def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module | None:
+    """A copy on the CPU with every weight in `dtype`, to be saved; where the model is sharded, all ranks must call it
+    and the first one alone gets the copy."""
+    copy = plain_copy(model)
+    if copy is not None:
+        cast_weights(copy, dtype, keep_in_fp32=None)
+    return copy
+
+
+def save_exported(model: nn.Module, folder: Path) -> None:
+    """`exported(model)` to `folder`, by the rank that gets the copy."""
+    copy = exported(model)
+    if copy is not None:
+        copy.save_pretrained(folder)

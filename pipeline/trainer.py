@@ -1,34 +1,39 @@
 """The one trainer. It knows steps, ranks, checkpoints and logs; what is trained, on what and how, is the stage's.
 
 A run is a function of its config alone: sample indices follow from the step, all randomness of a stage from (seed,
-purpose, step, sample index), and a checkpoint holds everything else, so a killed run goes on bit for bit.
+purpose, step, sample index), and a checkpoint holds everything else, so a killed run goes on bit for bit. Where weights
+are sharded, every rank takes part in samples and export too.
 """
 
 import logging
 import math
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pipeline.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from pipeline.checkpoints import Checkpoints, list_checkpoints, read_info, read_into
 from pipeline.optimizer import RoleState
+from pipeline.sharding import prepare_stage, set_gradient_sync
 from pipeline.stage import Stage, Weights
-from utils.config import Config, ConfigError
-from utils.config import Stage as StageName
-from utils.distributed import World, average, barrier, gather_objects
+from utils.config import Config, ConfigError, to_yaml
+from utils.distributed import World, average, barrier, from_main
 from utils.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 3
 _KIB_PER_GIB = 2**20
+Result = TypeVar("Result")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -37,10 +42,14 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How many samples every step takes: per rank and micro-step `batch_size(step)`, ranks x accumulation of them."""
+    """How many samples every step takes: per rank and micro-step `batch_size(step)`, ranks x accumulation of them.
+
+    `taken_elsewhere`: samples that steps before a resume took more than they would have with this number of ranks.
+    """
 
     config: Config
     world_size: int
+    taken_elsewhere: int = 0
 
     def phase_of(self, step: int) -> tuple[int, int]:
         """(index of the curriculum's phase, steps before it); the last phase has no end."""
@@ -61,34 +70,17 @@ class StepPlan:
     def samples_before(self, step: int) -> int:
         """Samples that all ranks took in steps 0 .. step-1."""
         if not self.config.train.phases:
-            return step * self.total(0)
+            return step * self.total(0) + self.taken_elsewhere
         current, start = self.phase_of(step)
         done = sum(p.steps * p.batch_size for p in self.config.train.phases[:current])
         done += (step - start) * self.batch_size(step)
-        return done * self.world_size * self.config.train.gradient_accumulation
+        return done * self.world_size * self.config.train.gradient_accumulation + self.taken_elsewhere
 
     def indices(self, step: int, micro: int, rank: int) -> range:
         """Global sample indices of one rank's micro-batch."""
         size = self.batch_size(step)
         first = self.samples_before(step) + (micro * self.world_size + rank) * size
         return range(first, first + size)
-
-
-def check_plan(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` where sizes do not go together; needs no model and no data."""
-    train = config.train
-    if train.stage is None:
-        raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(StageName)}")
-    if train.total_batch_size is None:
-        return
-    if train.phases:
-        raise ConfigError("settings `train.total_batch_size` and `train.phases` exclude each other: unset one")
-    product = world_size * train.batch_size * train.gradient_accumulation
-    if product != train.total_batch_size:
-        raise ConfigError(
-            f"setting `train.total_batch_size` is {train.total_batch_size}, but {world_size} ranks x batch_size "
-            f"{train.batch_size} x gradient_accumulation {train.gradient_accumulation} = {product}: change one of them"
-        )
 
 
 class Trainer:
@@ -119,6 +111,7 @@ class Trainer:
         self.device, self.save, self.visualize = device, save, visualize
         train = config.train
         self.plan = StepPlan(config, world.size)
+        self.sharded = prepare_stage(stage, config, world, device)
         self.states = {
             role: RoleState(
                 module,
@@ -134,11 +127,8 @@ class Trainer:
         self.step = 0
         self.skipped = 0  # steps without an update, over the whole run
         self.bad_in_a_row = 0
-        self._resume()
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.logdir / "checkpoints"
+        self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world)
+        self.saved_step = self._resume()  # of the last checkpoint
 
     def ema(self) -> Weights | None:
         """EMA weights of the roles, once they exist."""
@@ -147,6 +137,16 @@ class Trainer:
 
     def run(self) -> None:
         """Train to `train.max_steps`, then export. Raises `TrainingDivergedError`."""
+        try:
+            self._train()
+            if self.save and self.step != self.saved_step:
+                self._save_checkpoint()
+        finally:
+            self.checkpoints.finish()
+        if self.save:
+            self._written_once(lambda folder: self.stage.export(folder, self.ema()), self.logdir / "bundle")
+
+    def _train(self) -> None:
         train = self.config.train
         with tqdm(
             total=train.max_steps, initial=self.step, desc=self.stage.name, unit="step", disable=not self.world.is_main
@@ -166,22 +166,29 @@ class Trainer:
                     refresh=False,
                 )
                 self._periodic()
-        if self.save and self.step % train.checkpoint_every:
-            self._save_checkpoint()
-        if self.save and self.world.is_main:
-            self.stage.export(self.logdir / "bundle", self.ema())
-        barrier(self.world)
 
     def _periodic(self) -> None:
         train = self.config.train
+        self.checkpoints.poll()
         if self.save and self.step % train.checkpoint_every == 0:
             self._save_checkpoint()
         if self.visualize and train.sample_every and self.step % train.sample_every == 0:
-            if self.world.is_main:
-                scores = self.stage.sample(self.step, self.logdir / "samples" / f"step-{self.step:08d}", self.ema())
-                if scores:
-                    self.tracker.log({f"sample/{key}": value for key, value in scores.items()}, self.step)
-            barrier(self.world)
+            folder = self.logdir / "samples" / f"step-{self.step:08d}"
+            scores = self._written_once(lambda folder: self.stage.sample(self.step, folder, self.ema()), folder)
+            if scores:
+                self.tracker.log({f"sample/{key}": value for key, value in scores.items()}, self.step)
+
+    def _written_once(self, write: Callable[[Path], Result], folder: Path) -> Result | None:
+        """Let the stage write to `folder`. Where weights are sharded every rank must run it, as forwards and gathering
+        are collective; what ranks other than the first write is dropped."""
+        result = None
+        if self.world.is_main:
+            result = write(folder)
+        elif self.sharded:
+            with tempfile.TemporaryDirectory() as scratch:
+                write(Path(scratch))
+        barrier(self.world)
+        return result
 
     def _train_step(self) -> dict[str, float]:
         """One step of every role that is due; returns the mean logs of micro-steps and ranks."""
@@ -195,7 +202,7 @@ class Trainer:
             if self.bad_in_a_row >= MAX_BAD_STEPS:
                 raise TrainingDivergedError(
                     f"step {self.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; "
-                    f"the last good checkpoint is in {self._checkpoints}"
+                    f"the last good checkpoint is in {self.checkpoints.folder}"
                 )
         else:
             self.bad_in_a_row = 0
@@ -205,15 +212,16 @@ class Trainer:
         state, train = self.states[role], self.config.train
         micros, sums = train.gradient_accumulation, {}
         for micro in range(micros):
+            set_gradient_sync(state.module, micro == micros - 1)
             batch = self.stage.batch(self.step, self.plan.indices(self.step, micro, self.world.rank))
             with self._autocast():
                 loss, logs = self.stage.loss(role, batch, self.step)
             (loss / micros).backward()
             for key, value in ({"loss": loss.item()} | logs).items():
                 sums[key] = sums.get(key, 0.0) + value / micros
-        average(state.gradients(), self.world)
+        average((g for g in state.gradients() if not isinstance(g, DTensor)), self.world)  # shards are averaged already
         parts = state.gradient_norms()
-        norm = torch.nn.utils.clip_grad_norm_(state.parameters, train.max_grad_norm).item()
+        norm = state.clip(train.max_grad_norm)
         keys = sorted(sums)
         means = torch.tensor([sums[key] for key in keys], dtype=torch.float64)
         average([means], self.world)
@@ -230,31 +238,50 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _save_checkpoint(self) -> None:
-        rng = gather_objects(torch.get_rng_state(), self.world)
-        if self.world.is_main:
-            state: dict[str, Any] = {
-                "step": self.step,
-                "samples": self.plan.samples_before(self.step),
-                "skipped": self.skipped,
-                "bad_in_a_row": self.bad_in_a_row,
-                "rng": rng,
-                "roles": {role: role_state.state_dict() for role, role_state in self.states.items()},
-            }
-            info = {"stage": self.stage.name, "samples": state["samples"], "ranks": self.world.size}
-            save_checkpoint(self._checkpoints, self.step, state, info, self.config.train.keep_checkpoints)
-        barrier(self.world)
+        info = {
+            "step": self.step,
+            "stage": self.stage.name,
+            "samples": self.plan.samples_before(self.step),
+            "ranks": self.world.size,
+            "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "roles": {role: state.allocated() for role, state in self.states.items()},
+        }
+        self.checkpoints.save(self.step, self._tensors(with_rng=True), info)
+        self.saved_step = self.step
 
-    def _resume(self) -> None:
-        found = list_checkpoints(self._checkpoints)
+    def _tensors(self, with_rng: bool) -> dict[str, Any]:
+        tensors = {"roles": {role: state.tensors() for role, state in self.states.items()}}
+        if with_rng:
+            tensors["rng"] = {f"cpu-{self.world.rank}": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                tensors["rng"][f"cuda-{self.world.rank}"] = torch.cuda.get_rng_state()
+        return tensors
+
+    def _resume(self) -> int | None:
+        """Go on from the last checkpoint; returns its step, None where there is none."""
+        found = from_main(list_checkpoints(self.checkpoints.folder), self.world)
         if not found:
-            return
-        state = load_checkpoint(found[-1], self.stage.name)
-        for role, role_state in self.states.items():
-            role_state.load_state_dict(state["roles"][role])
-        self.step, self.skipped, self.bad_in_a_row = state["step"], state["skipped"], state["bad_in_a_row"]
-        if len(state["rng"]) == self.world.size:
-            torch.set_rng_state(state["rng"][self.world.rank])
-        log.info("resumed from %s", found[-1])
+            return None
+        path, info = found[-1], read_info(found[-1])
+        if info["stage"] != self.stage.name:
+            raise ConfigError(
+                f"checkpoint {path} is of stage {info['stage']}, not {self.stage.name}: choose another train.logdir"
+            )
+        for role, state in self.states.items():
+            state.allocate(**info["roles"][role])
+        same_ranks = info["ranks"] == self.world.size
+        tensors = self._tensors(with_rng=same_ranks)
+        read_into(path, tensors)
+        if same_ranks:
+            torch.set_rng_state(tensors["rng"][f"cpu-{self.world.rank}"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng"][f"cuda-{self.world.rank}"])
+        self.step, self.skipped, self.bad_in_a_row = info["step"], info["skipped"], info["bad_in_a_row"]
+        elsewhere = info["samples"] - self.plan.samples_before(self.step)
+        self.plan = replace(self.plan, taken_elsewhere=elsewhere)
+        log.info("resumed from %s", path)
+        return self.step
 
 
 def _peak_memory(device: torch.device) -> float:

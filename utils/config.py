@@ -89,6 +89,12 @@ class LossWeighting(str, Enum):
     none = "none"
 
 
+class Sharding(str, Enum):
+    none = "none"  # every rank holds all weights
+    full = "full"  # all ranks share one copy
+    hybrid = "hybrid"  # groups of `shard_size` ranks share a copy each
+
+
 class SamplerKind(str, Enum):
     few_step = "few_step"
     euler = "euler"
@@ -214,6 +220,8 @@ class TrainConfig:
     ema_decay: float = 0.99
     ema_start_step: int = 200
     mixed_precision: str = "bf16"  # no | bf16
+    sharding: Sharding = Sharding.none  # FSDP2; of the frozen models too
+    shard_size: int | None = None  # hybrid: ranks that share a copy; null: those of one machine
     gradient_checkpointing: bool = True
     compile: bool = False
     checkpoint_every: int = 250
@@ -432,6 +440,12 @@ def validate(config: Config) -> None:
     require(train.batch_size > 0, "train.batch_size", train.batch_size, "must be positive")
     require(train.gradient_accumulation > 0, "train.gradient_accumulation", train.gradient_accumulation,
             "must be positive")  # fmt: skip
+    require(train.shard_size is None or train.sharding == Sharding.hybrid, "train.shard_size", train.shard_size,
+            f"only train.sharding=hybrid reads it, not {train.sharding.value}; unset it")  # fmt: skip
+    require(train.sharding == Sharding.none or train.stage != Stage.vae, "train.sharding", train.sharding.value,
+            "the VAE is not run by its forward, which sharding needs; set it to none")  # fmt: skip
+    for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "must be at least 1")
     for i, phase in enumerate(train.phases):
         for name in ("steps", "frames", "batch_size"):
             value = getattr(phase, name)

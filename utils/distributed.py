@@ -15,10 +15,11 @@ from utils.config import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among `size` processes."""
+    """This process's place among `size` processes, `local_size` of them on this machine."""
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -26,15 +27,25 @@ class World:
 
 
 def join_world(device: torch.device) -> World:
-    """Join the process group that torchrun describes. Raises `ConfigError` where its variables are incomplete."""
+    """Join the process group that torchrun describes; on CUDA every rank takes the GPU of its local rank.
+
+    Raises `ConfigError` where torchrun's variables are incomplete, or ranks outnumber this machine's GPUs.
+    """
     if "WORLD_SIZE" not in os.environ:
         return World()
     try:
-        world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+        local_rank = int(os.environ["LOCAL_RANK"])
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"WORLD_SIZE is set but RANK is not usable ({error}); start with torchrun") from error
+        raise ConfigError(f"WORLD_SIZE is set but not all of torchrun's variables ({error}); use torchrun") from error
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"rank {world.rank} has no GPU: {world.local_size} ranks on this machine, "
+                              f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")  # fmt: skip
+        torch.cuda.set_device(local_rank)
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo beside NCCL: numbers to log, checkpoints and object messages are on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return world
 
 
@@ -55,13 +66,13 @@ def average(tensors: Iterable[torch.Tensor], world: World) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def gather_objects(item: object, world: World) -> list:
-    """`item` of every rank, in order of rank."""
+def from_main(item: object, world: World) -> object:
+    """The first rank's `item`, on every rank."""
     if world.size == 1:
-        return [item]
-    items = [None] * world.size
-    dist.all_gather_object(items, item)
-    return items
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
 
 
 def barrier(world: World) -> None:

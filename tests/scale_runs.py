@@ -1,0 +1,141 @@
+"""Training runs of toy stages on one or two ranks, for tests/test_scale.py.
+
+Ranks are forked from one server that has imported everything already, so a rank starts in a fraction of a second.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+import train
+from pipeline.optimizer import RoleState
+from pipeline.sharding import whole
+from tests import tiny
+from utils.data import META, shard_path
+from utils.rng import keyed_randn
+from utils.sprite_world import caption, sample_spec
+
+CLIPS, FRAMES = 8, 4  # latent frames
+LATENT = (4, FRAMES, tiny.HEIGHT // 8, tiny.WIDTH // 8)  # [C, F, H, W]
+
+
+def write_inputs(folder: Path) -> None:
+    """A tiny bundle with random latents and the config all toy runs share."""
+    tiny.write_bundle(folder / "bundle")
+    clips = folder / "latents" / "clips"
+    clips.mkdir(parents=True)
+    latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
+    save_file({"latents": latents}, shard_path(clips, 0, ".safetensors"))
+    shard_path(clips, 0, ".json").write_text(json.dumps([caption(sample_spec(0, i)) for i in range(CLIPS)]))
+    (clips / META).write_text("{}")
+    config = {
+        "video": {"height": tiny.HEIGHT, "width": tiny.WIDTH, "frames_per_chunk": 2, "trained_frames": FRAMES},
+        "model": {
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "ffn_dim": 32,
+            "text_dim": 16,
+            "text_len": tiny.TEXT_LEN,
+            "text_layers": 1,
+            "text_heads": 2,
+            "freq_dim": 16,
+        },
+        "cache": {"sink": 1, "recent": 1, "top_k": 1, "compressor": {"channels": [4, 8]}},
+        "sampler": {"steps": [1000, 500], "shift": 3.0},
+        "inference": {"num_output_frames": FRAMES},
+        "train": {
+            "max_steps": 5,
+            "total_batch_size": 4,
+            "mixed_precision": "no",
+            "loss_weighting": "none",
+            "optimizer": {"lr": 2e-3, "betas": [0.9, 0.999]},
+            "max_grad_norm": 0.5,
+            "ema_start_step": 1,
+            "ema_decay": 0.5,
+            "checkpoint_every": 100,
+            "sample_frames": FRAMES,
+            "threads": 1,
+        },
+        "data": {
+            "kind": "latents",
+            "path": str(folder / "latents"),
+            "vae": str(folder / "bundle" / "vae"),
+            "clip_frames": 4 * FRAMES - 3,
+        },
+    }
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+
+
+def batch_of(ranks: int, accumulation: int = 1) -> list[str]:
+    """Overrides that make a step's four samples out of `ranks` ranks and `accumulation` micro-steps."""
+    return [f"train.batch_size={4 // ranks // accumulation}", f"train.gradient_accumulation={accumulation}"]
+
+
+def arguments(folder: Path, logdir: Path, *overrides: str) -> list[str]:
+    return ["--config_path", str(folder / "config.yaml"), "--logdir", str(logdir), *overrides]
+
+
+def start(ranks: int, target, *args) -> list[BaseProcess]:
+    """Run `target(*args)` in `ranks` processes that look as if torchrun had started them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.scale_runs", "pipeline.diffusion"])
+    processes = [context.Process(target=_rank, args=(rank, ranks, port, target, args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess], timeout: float = 120.0) -> list[int | None]:
+    """Exit codes, once all have ended."""
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]
+
+
+def _rank(rank: int, ranks: int, port: int, target, args) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    raise SystemExit(target(*args) or 0)
+
+
+def run(argv: list[str]) -> int:
+    """The command line, in this process."""
+    return train.main([*argv, "--no_visualize"])
+
+
+def recorded(argvs: dict[str, list[str]], folder: Path) -> None:
+    """Run each command line and write `folder/NAME.pt`: per update the gradients before the clip, by parameter name.
+
+    All runs share one process group.
+    """
+    device = torch.device("cpu")
+    world = train.join_world(device)
+    clip, leave = RoleState.clip, train.leave_world
+    train.leave_world = lambda world: None
+    for name, argv in argvs.items():
+        steps = []
+
+        def clip_and_record(state: RoleState, max_norm: float, steps=steps) -> float:
+            named = dict(state.module.named_parameters())
+            steps.append({key: whole(p.grad).clone() for key, p in named.items() if p.grad is not None})
+            return clip(state, max_norm)
+
+        RoleState.clip = clip_and_record
+        code = train.main([*argv, "--no_visualize"])
+        if code:
+            raise SystemExit(f"run {name} ended with {code}")
+        if world.is_main:
+            torch.save(steps, folder / f"{name}.pt")
+    RoleState.clip, train.leave_world = clip, leave
+    leave(world)
