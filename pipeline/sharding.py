@@ -6,8 +6,10 @@ tables) stays whole on every rank: it is small, and an FSDP group is cast to one
 gradients as it does without sharding. Works on CUDA with NCCL and on the CPU with gloo.
 """
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, UMT5EncoderModel
 
+from model.causal_wan import CausalWanModel
 from pipeline.stage import Stage
 from utils.config import Config, Sharding
 from utils.distributed import World
@@ -28,13 +31,18 @@ from utils.distributed import World
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def models_of(module: nn.Module) -> Iterator[nn.Module]:
-    """The Wan transformers and text encoders in `module`, itself included: what is sharded as a unit."""
+def named_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The Wan transformers and text encoders in `module`, itself included, with their names in it: what is sharded as a
+    unit and saved as a model."""
     if isinstance(module, WanTransformer3DModel | PreTrainedModel):
-        yield module
+        yield name, module
         return
-    for child in module.children():
-        yield from models_of(child)
+    for child_name, child in module.named_children():
+        yield from named_models(child, f"{name}.{child_name}".lstrip("."))
+
+
+def models_of(module: nn.Module) -> list[nn.Module]:
+    return [model for _, model in named_models(module)]
 
 
 def shard_size(config: Config, world: World) -> int:
@@ -137,6 +145,27 @@ def global_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return get_total_norm([whole(get_total_norm(kind)) for kind in kinds if kind])
 
 
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The model's own class; FSDP puts one of its making in front."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """What `model_from_config` needs, as plain values."""
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
+    return json.loads(json.dumps(config)) | {"_class_name": plain_class(model).__name__}
+
+
+def model_from_config(config: dict[str, Any]) -> nn.Module:
+    """The model that `model_config` describes, its parameters on the meta device."""
+    kinds = {kind.__name__: kind for kind in (CausalWanModel, WanTransformer3DModel, UMT5EncoderModel)}
+    kind = kinds[config["_class_name"]]
+    with init_empty_weights(include_buffers=False):
+        if issubclass(kind, PreTrainedModel):
+            return kind(kind.config_class.from_dict(config))
+        return kind.from_config(config)
+
+
 def plain_copy(model: nn.Module) -> nn.Module | None:
     """A copy of a library model on the CPU, without shards or hooks, on the first rank; None on the others.
 
@@ -150,7 +179,7 @@ def plain_copy(model: nn.Module) -> nn.Module | None:
             weights[name] = value.cpu().clone()
     if not first:
         return None
-    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # FSDP puts its own in front
+    kind = plain_class(model)
     with init_empty_weights(include_buffers=False):
         copy = kind(model.config) if isinstance(model, PreTrainedModel) else kind.from_config(model.config)
     copy.load_state_dict(weights, assign=True)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.checkpoints import Checkpoints, list_checkpoints, read_info, read_into
 from pipeline.optimizer import RoleState
-from pipeline.sharding import prepare_stage, set_gradient_sync
+from pipeline.sharding import model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.stage import Stage, Weights
 from utils.config import Config, ConfigError, to_yaml
 from utils.distributed import World, average, barrier, from_main
@@ -246,6 +246,10 @@ class Trainer:
             "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
             "roles": {role: state.allocated() for role, state in self.states.items()},
+            "models": {
+                role: {name: model_config(model) for name, model in named_models(module)}
+                for role, module in self.stage.modules.items()
+            },
         }
         self.checkpoints.save(self.step, self._tensors(with_rng=True), info)
         self.saved_step = self.step
