@@ -94,7 +94,10 @@ class LatentData:
         parts = {"clips": (data.num_clips, data.clip_frames), "stills": (data.num_stills, 1)}
         folders = {name: Path(data.path) / name for name, (count, _) in parts.items() if count}
         if data.kind == "sprites":
-            vae, vae_hash = AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device), content_hash(vae_folder)
+            from pipeline.vae_clip import channels_last  # pipeline/vae.py imports this module
+
+            vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
+            vae_hash = content_hash(vae_folder)
             for name, folder in folders.items():
                 count, frames = parts[name]
                 source = sprite_clips(config.seed, count, frames, config.video.height, config.video.width)
