@@ -43,10 +43,20 @@ def load_text(config: Config, device: torch.device) -> TextConditioning:
     return replace(TextConditioning.load(config, device), text_len=transformer_settings(config)["text_len"])
 
 
-def load_student(config: Config, text: TextConditioning, device: torch.device) -> CausalWanModel:
-    """The causal DiT that `model` names, float32, in training mode. Raises `ConfigError` where it does not fit."""
+def load_student(
+    config: Config, text: TextConditioning, device: torch.device, channels: int | None = None
+) -> CausalWanModel:
+    """The causal DiT that `model` names, float32, in training mode.
+
+    Raises `ConfigError` where it does not fit the text encoder, or latents of `channels` channels to train on.
+    """
     model = prepare(load_transformer(config), config, device).train()
     _check_text(model, text, "model.bundle")
+    if channels not in (None, model.config.in_channels):
+        raise ConfigError(
+            f"setting `model.bundle`: the model has {model.config.in_channels} latent channels, the training data "
+            f"{channels}"
+        )
     return model
 
 
