@@ -140,9 +140,9 @@ class ChunkContext:
 
         Returns:
             K, V [B, history + n, heads, D]. Without gradient they are views of the workspace, valid until the layer's
-            next forward; with gradient fresh tensors.
+            next forward; with gradient or `mid` fresh tensors.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or mid is not None:
             return self._assemble(layer, selected, key, value, mid)
         self.check_current()
         if self.chunk == 0:

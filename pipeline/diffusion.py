@@ -37,7 +37,7 @@ class FlowMatchingStage(GeneratorStage):
         self.config, self.device = config, device
         self.plan = StepPlan(config, world.size)
         self.schedule = FlowMatchSchedule(config.train.shift)
-        self.text = TextConditioning.load(config, device)
+        self.text = self._load_text()
         self.data = LatentData.load(config, device, world)
         self.vae_folder, self.latent_shape = self.data.vae_folder, (self.data.channels, *self.data.size)
         self.transformer = self._build(self.text.text_dim).to(device)
@@ -47,6 +47,9 @@ class FlowMatchingStage(GeneratorStage):
             self.transformer.enable_gradient_checkpointing()
         trained_text = self.text.encoder if self.text.trainable else None
         self.modules = {"generator": Generator(self.transformer, trained_text)}
+
+    def _load_text(self) -> TextConditioning:
+        return TextConditioning.load(self.config, self.device)
 
     def _build(self, text_dim: int) -> nn.Module:
         raise NotImplementedError
@@ -97,7 +100,7 @@ class FlowMatchingStage(GeneratorStage):
         high = batch["timestep"].flatten() > HIGH_NOISE
         logs = {"flow_mse": errors.mean().item()}
         # Sums over a share of the rows, scaled so that means over micro-batches and ranks stay meaningful.
-        logs |= {"flow_mse_high": _mean_where(errors, high), "flow_mse_low": _mean_where(errors, ~high)}
+        logs |= {"flow_mse_high": mean_where(errors, high), "flow_mse_low": mean_where(errors, ~high)}
         return (errors * weights).mean(), logs
 
     def _flow(self, noisy, timestep, embeds, batch) -> torch.Tensor:
@@ -125,7 +128,7 @@ class FlowMatchingStage(GeneratorStage):
 HIGH_NOISE = 700.0  # timestep that parts the two logged errors
 
 
-def _mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
+def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
     """Mean over the masked rows; the mean over all where there is none, so that it can be averaged over ranks."""
     return (errors[mask] if mask.any() else errors).mean().item()
 
@@ -195,12 +198,16 @@ class ARDiffusionStage(FlowMatchingStage, CausalGeneratorStage):
             teacher = WanTransformer3DModel.from_pretrained(self.config.train.init_from, torch_dtype=torch.float32)
             return CausalWanModel.from_wan(teacher, **extra).train()
 
-    def _flow(self, noisy, timestep, embeds, batch):
-        """The context is noised a little where `train.context_noise_timestep` says so, per clip."""
-        clean, level = batch["latents"], batch["context_timestep"]  # level [B]
+    def _context(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clean clips [B, C, F, H, W], noised as far as `train.context_noise_timestep` says, and their timestep [B]."""
+        clean, level = batch["latents"], batch["context_timestep"]
         if self.config.train.context_noise_timestep > 0:
             seed, shape = self.config.seed, clean.shape[1:]
             noise = [keyed_randn(shape, seed, "context", batch["step"], index) for index in batch["indices"]]
             clean = self.schedule.add_noise(clean, torch.stack(noise).to(clean), level)
+        return clean, level
+
+    def _flow(self, noisy, timestep, embeds, batch):
+        clean, level = self._context(batch)
         out = self.transformer(noisy, timestep, embeds, clean_hidden_states=clean, clean_timestep=level)
         return out.sample

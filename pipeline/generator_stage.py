@@ -44,8 +44,9 @@ class GeneratorStage(Stage):
     latent_shape: tuple[int, int, int]
 
     def compile(self) -> None:
+        torch._dynamo.config.recompile_limit = 32  # a variant per clip length of the curriculum, not per block
         for block in self.transformer.blocks:
-            block.compile()
+            block.compile(dynamic=False)
 
     def vae(self) -> AutoencoderKLWan:
         return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(self.device)
@@ -62,6 +63,7 @@ class GeneratorStage(Stage):
         with (
             swapped_in(module, None if ema is None else ema["generator"]),
             torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),  # sizes of its own, for a few forwards
             torch.autocast(self.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16"),
         ):
             embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()

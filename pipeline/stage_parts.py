@@ -21,7 +21,8 @@ from utils.distributed import World
 from utils.text import encode_text, small_text_encoder, sprite_tokenizer
 
 
-def _need_folder(path: str | None, key: str, part: str) -> Path:
+def need_folder(path: str | None, key: str, part: str) -> Path:
+    """The folder that setting `key` names. Raises `ConfigError` where it is unset or not there."""
     if path is None:
         raise ConfigError(f"setting `{key}` is not set: name a folder with {part}")
     if not Path(path).is_dir():
@@ -53,7 +54,7 @@ class TextConditioning:
                 torch.manual_seed(config.seed)
                 encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
             return cls(tokenizer, encoder.to(device).train(), model.text_len, trainable=True)
-        folder = _need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
+        folder = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
             encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
@@ -88,13 +89,18 @@ class LatentData:
     def load(cls, config: Config, device: torch.device, world: World) -> LatentData:
         """Read `data.path`; where `data.kind` is sprites, render and encode what is missing there first."""
         data = config.data
-        vae_folder = _need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
+        if data.kind == "prompts":
+            raise ConfigError("setting `data.kind` is prompts: this stage learns from clips; use sprites or latents")
+        vae_folder = need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
         if data.path is None:
             raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
         parts = {"clips": (data.num_clips, data.clip_frames), "stills": (data.num_stills, 1)}
         folders = {name: Path(data.path) / name for name, (count, _) in parts.items() if count}
         if data.kind == "sprites":
-            vae, vae_hash = AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device), content_hash(vae_folder)
+            from pipeline.vae_clip import channels_last  # pipeline/vae.py imports this module
+
+            vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
+            vae_hash = content_hash(vae_folder)
             for name, folder in folders.items():
                 count, frames = parts[name]
                 source = sprite_clips(config.seed, count, frames, config.video.height, config.video.width)

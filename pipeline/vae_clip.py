@@ -12,6 +12,17 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from torch import nn
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """Put convolution weights in the layout that CPU and GPU kernels want in bf16 (twice as fast on a CPU)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.to(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+    return module
 
 
 def _resample_frames(layer: WanResample, x: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def test_pixels_round_trip():
 def test_shipped_vae_keeps_the_readings_of_held_out_clips():
     vae = AutoencoderKLWan.from_pretrained(SHIPPED, torch_dtype=torch.float32)
     right, total = Counter(), Counter()
-    for index in range(16):
+    for index in range(8):
         spec = sample_spec(1, HELD_OUT_START + index)
         with torch.no_grad():
             latents = vae.encode(to_video(render(spec, CLIP_FRAMES)[None])).latent_dist.mode()

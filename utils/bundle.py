@@ -140,7 +140,12 @@ class VAEShape:
 
 def vae_shape(config: Config) -> VAEShape:
     """Read from the bundle, without loading the VAE. Raises `ConfigError`."""
-    stored = _read_json(bundle_folder(config) / "vae" / "config.json")
+    return vae_shape_of(bundle_folder(config) / "vae")
+
+
+def vae_shape_of(folder: Path) -> VAEShape:
+    """What the config in a VAE's folder says. Raises `ConfigError`."""
+    stored = _read_json(folder / "config.json")
     defaults = inspect.signature(AutoencoderKLWan.__init__).parameters  # older configs leave out what has a default
     names = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
     return VAEShape(*(stored.get(name, defaults[name].default) for name in names))

@@ -433,8 +433,12 @@ def validate(config: Config) -> None:
     inference = config.inference
     require(inference.num_output_frames > 0, "inference.num_output_frames", inference.num_output_frames,
             "must be positive")  # fmt: skip
-    require(inference.num_output_frames % video.frames_per_chunk == 0, "inference.num_output_frames",
-            inference.num_output_frames, f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}")
+    require(
+        inference.num_output_frames % video.frames_per_chunk == 0,
+        "inference.num_output_frames",
+        inference.num_output_frames,
+        f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}",
+    )
     require(inference.num_samples > 0, "inference.num_samples", inference.num_samples, "must be positive")
     require(train.max_steps > 0, "train.max_steps", train.max_steps, "must be positive")
     require(train.batch_size > 0, "train.batch_size", train.batch_size, "must be positive")
@@ -482,8 +486,12 @@ def _validate_distillation(config: Config, require: Callable[[bool, str, Any, st
     require(0 < dmd.min_timestep <= dmd.max_timestep <= 1000, "dmd.min_timestep", dmd.min_timestep,
             f"0 < dmd.min_timestep <= dmd.max_timestep={dmd.max_timestep} <= 1000 must hold")  # fmt: skip
     longest, window = dmd.max_rollout_frames, config.video.trained_frames
-    require(longest is None or (longest >= window and longest % chunk == 0), "dmd.max_rollout_frames", longest,
-            f"must be null, or at least video.trained_frames={window} and a multiple of video.frames_per_chunk={chunk}")
+    require(
+        longest is None or (longest >= window and longest % chunk == 0),
+        "dmd.max_rollout_frames",
+        longest,
+        f"must be null, or at least video.trained_frames={window} and a multiple of video.frames_per_chunk={chunk}",
+    )
 
 
 def to_yaml(config: Config) -> str:

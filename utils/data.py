@@ -8,6 +8,7 @@ made them. `pipeline/latents.py` writes them.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,6 @@ class LatentClips:
         self.captions = [text for shard in shards for text in json.loads(shard.with_suffix(".json").read_text())]
         if len(self.captions) != len(self.latents):
             raise ConfigError(f"data folder {folder}: {len(self.latents)} clips but {len(self.captions)} captions")
-        self._orders: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -77,7 +77,15 @@ class LatentClips:
 
     def clip_of(self, seed: int, sample_index: int) -> int:
         """Which clip training sample `sample_index` shows: every clip once per epoch, in an order of its own."""
-        epoch, place = divmod(sample_index, len(self))
-        if epoch not in self._orders:
-            self._orders = {epoch: torch.randperm(len(self), generator=keyed_generator(seed, "epoch", epoch))}
-        return int(self._orders[epoch][place])
+        return place_of(len(self), seed, sample_index)
+
+
+def place_of(count: int, seed: int, sample_index: int) -> int:
+    """Which of `count` items training sample `sample_index` is: each once per epoch, every epoch in its own order."""
+    epoch, place = divmod(sample_index, count)
+    return int(_order(count, seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(count, generator=keyed_generator(seed, "epoch", epoch))

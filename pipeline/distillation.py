@@ -1,0 +1,107 @@
+"""What the distillation stages start from: the student, and checks that its settings make sense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from model.causal_wan import CausalWanModel
+from model.matmul_attention import prepare_for_cpu
+from pipeline.stage_parts import TextConditioning, need_folder
+from utils.bundle import load_transformer, transformer_settings
+from utils.config import Config, ConfigError, SamplerKind
+
+
+def check_student(config: Config) -> None:
+    """Raise `ConfigError` where the settings cannot be those of a few-step student; loads nothing."""
+    train, sampler, video = config.train, config.sampler, config.video
+    if train.init_from is not None:
+        raise ConfigError(
+            f"setting `train.init_from` is {train.init_from}: stage {train.stage.value} starts from model.bundle and "
+            "model.checkpoint; unset it"
+        )
+    if train.text_from is None:
+        raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
+    if sampler.kind != SamplerKind.few_step or sampler.guidance != 1:
+        raise ConfigError(
+            f"settings `sampler.kind` and `sampler.guidance` are {sampler.kind.value} and {sampler.guidance}: a "
+            "student takes sampler.kind=few_step and sampler.guidance=1"
+        )
+    if video.trained_frames % video.frames_per_chunk:
+        raise ConfigError(
+            f"setting `video.trained_frames` is {video.trained_frames}: must be a multiple of "
+            f"video.frames_per_chunk={video.frames_per_chunk}"
+        )
+    if train.phases:
+        raise ConfigError(f"setting `train.phases`: stage {train.stage.value} has none; use train.batch_size")
+
+
+def load_text(config: Config, device: torch.device) -> TextConditioning:
+    """The frozen text encoder, padding prompts to the length that the student's own settings name."""
+    return replace(TextConditioning.load(config, device), text_len=transformer_settings(config)["text_len"])
+
+
+def load_student(
+    config: Config, text: TextConditioning, device: torch.device, channels: int | None = None
+) -> CausalWanModel:
+    """The causal DiT that `model` names, float32, in training mode.
+
+    Raises `ConfigError` where it does not fit the text encoder, or latents of `channels` channels to train on.
+    """
+    model = prepare(load_transformer(config), config, device).train()
+    _check_text(model, text, "model.bundle")
+    if channels not in (None, model.config.in_channels):
+        raise ConfigError(
+            f"setting `model.bundle`: the model has {model.config.in_channels} latent channels, the training data "
+            f"{channels}"
+        )
+    return model
+
+
+def load_score(path: str | None, key: str, student: CausalWanModel, config: Config, text: TextConditioning,
+               device: torch.device) -> WanTransformer3DModel:  # fmt: skip
+    """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32.
+
+    Raises `ConfigError`, naming setting `key`, where there is none or it does not fit.
+    """
+    folder = need_folder(path, key, "a WanTransformer3DModel")
+    try:
+        model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"setting `{key}` is {folder}: not a WanTransformer3DModel ({_first_line(error)})") from error
+    if model.config.in_channels != student.config.in_channels:
+        raise ConfigError(
+            f"setting `{key}` is {folder}: a model of {model.config.in_channels} latent channels, the student has "
+            f"{student.config.in_channels}"
+        )
+    _check_text(model, text, key)
+    return prepare(model, config, device)
+
+
+def prepare(model, config: Config, device: torch.device):
+    """In float32 on `device`, with gradient checkpointing where asked for and what makes a CPU faster; returns it."""
+    model = model.float().to(device)
+    if device.type == "cpu":
+        prepare_for_cpu(model)
+    if config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def latent_size(config: Config, stride: int) -> tuple[int, int]:
+    """Latent height and width of `video`. `stride`: pixels per latent."""
+    return config.video.height // stride, config.video.width // stride
+
+
+def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:
+    if model.config.text_dim != text.text_dim:
+        raise ConfigError(
+            f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, the text encoder in "
+            f"train.text_from makes them {text.text_dim} wide"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
