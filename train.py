@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from pipeline.preflight import check_plan
+from pipeline.preflight import check_run
 from pipeline.stage import build_stage
 from pipeline.trainer import Trainer, TrainingDivergedError
 from utils.config import Config, ConfigError, load_config, to_yaml
@@ -36,18 +36,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def prepare_logdir(config: Config, world: World) -> Path:
-    """Create the run's folder and put the resolved config there. Raises `ConfigError` where that cannot be."""
+def find_logdir(config: Config) -> Path:
+    """The run's folder. Raises `ConfigError` where none is named."""
     if config.train.logdir is None:
         raise ConfigError("no folder for the run: give --logdir or set train.logdir")
-    logdir = Path(config.train.logdir)
+    return Path(config.train.logdir)
+
+
+def prepare_logdir(logdir: Path, config: Config, world: World) -> None:
+    """Create the run's folder and put the resolved config there. Raises `ConfigError` where that cannot be."""
     if world.is_main:
         try:
             logdir.mkdir(parents=True, exist_ok=True)
             (logdir / "config.yaml").write_text(to_yaml(config))
         except OSError as error:
             raise ConfigError(f"setting `train.logdir` is {logdir}: cannot be written ({error.strerror})") from error
-    return logdir
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -60,17 +63,16 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = join_world(device)
     try:
-        check_plan(config, world.size)
-        logdir = prepare_logdir(config, world)
+        logdir, save = find_logdir(config), not arguments.no_save
+        check_run(config, world, logdir, save)
+        prepare_logdir(logdir, config, world)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.seed)
         stage = build_stage(config, device, world)
         settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
         tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
-        trainer = Trainer(
-            config, stage, world, logdir, tracker, device, not arguments.no_save, not arguments.no_visualize
-        )
+        trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)
         if config.train.compile:
             stage.compile()
         try:

@@ -6,7 +6,6 @@ tables) stays whole on every rank: it is small, and an FSDP group is cast to one
 gradients as it does without sharding. Works on CUDA with NCCL and on the CPU with gloo.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -152,8 +151,9 @@ def plain_class(model: nn.Module) -> type[nn.Module]:
 
 def model_config(model: nn.Module) -> dict[str, Any]:
     """What `model_from_config` needs, as plain values."""
-    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
-    return json.loads(json.dumps(config)) | {"_class_name": plain_class(model).__name__}
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else model.config
+    public = {key: value for key, value in config.items() if not key.startswith("_")}  # the rest says where it is from
+    return public | {"_class_name": plain_class(model).__name__}
 
 
 def model_from_config(config: dict[str, Any]) -> nn.Module:

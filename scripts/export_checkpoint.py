@@ -60,7 +60,8 @@ def part(weights: Weights, name: str) -> Weights:
 
 
 def write_pt(checkpoint: Path, output: Path, dtype: torch.dtype) -> None:
-    name = next(name for name, config in read_info(checkpoint)["models"][ROLE].items() if "Wan" in config["_class_name"])
+    models = read_info(checkpoint)["models"][ROLE]
+    name = next(name for name, config in models.items() if "Wan" in config["_class_name"])
     weights, ema = read_generator(checkpoint)
     entries = {ROLE: weights} if ema is None else {ROLE: weights, f"{ROLE}_ema": ema}
     content = {

@@ -3,6 +3,7 @@
 Ranks are forked from one server that has imported everything already, so a rank starts in a fraction of a second.
 """
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from diffusers import WanTransformer3DModel
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -29,6 +31,7 @@ LATENT = (4, FRAMES, tiny.HEIGHT // 8, tiny.WIDTH // 8)  # [C, F, H, W]
 def write_inputs(folder: Path) -> None:
     """A tiny bundle with random latents and the config all toy runs share."""
     tiny.write_bundle(folder / "bundle")
+    _write_teacher(folder / "teacher")
     clips = folder / "latents" / "clips"
     clips.mkdir(parents=True)
     latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
@@ -74,6 +77,33 @@ def write_inputs(folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
 
 
+def _write_teacher(folder: Path) -> None:
+    student = tiny.transformer()
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    shape = {key: value for key, value in student.config.items() if key in known}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        WanTransformer3DModel(**shape).save_pretrained(folder)
+
+
+def stage_overrides(folder: Path, stage: str) -> list[str]:
+    """What a toy run of a stage needs beyond the shared config."""
+    bundle = [f"model.bundle={folder / 'bundle'}", f"train.text_from={folder / 'bundle'}"]
+    more = {
+        "teacher": [],
+        "ar_diffusion": [],
+        "consistency": [*bundle, "train.ema_start_step=0"],
+        "dmd": [
+            *bundle,
+            "video.trained_frames=8",  # four chunks: the last attends a compressed one
+            f"dmd.teacher={folder / 'teacher'}",
+            "dmd.critic_updates=2",
+            "dmd.critic_optimizer.lr=2e-3",
+        ],
+    }
+    return [f"train.stage={stage}", *more[stage]]
+
+
 def batch_of(ranks: int, accumulation: int = 1) -> list[str]:
     """Overrides that make a step's four samples out of `ranks` ranks and `accumulation` micro-steps."""
     return [f"train.batch_size={4 // ranks // accumulation}", f"train.gradient_accumulation={accumulation}"]
@@ -89,7 +119,7 @@ def start(ranks: int, target, *args) -> list[BaseProcess]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.scale_runs", "pipeline.diffusion"])
+    context.set_forkserver_preload(["tests.scale_runs", "pipeline.dmd", "pipeline.consistency"])
     processes = [context.Process(target=_rank, args=(rank, ranks, port, target, args)) for rank in range(ranks)]
     for process in processes:
         process.start()

@@ -49,7 +49,7 @@ def _how_to_get(folder: Path) -> str:
     return f"for the real model: hf download {REAL_MODEL} --local-dir {folder}"
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -89,7 +89,7 @@ def transformer_settings(config: Config) -> dict:
     }
     if shape_file is not None and shape_file.is_file() and not model.random_init:
         known = inspect.signature(CausalWanModel.__init__).parameters
-        stored = {key: value for key, value in _read_json(shape_file).items() if key in known}
+        stored = {key: value for key, value in read_json(shape_file).items() if key in known}
         settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
     return settings | {
         "frames_per_chunk": config.video.frames_per_chunk,
@@ -145,7 +145,7 @@ def vae_shape(config: Config) -> VAEShape:
 
 def vae_shape_of(folder: Path) -> VAEShape:
     """What the config in a VAE's folder says. Raises `ConfigError`."""
-    stored = _read_json(folder / "config.json")
+    stored = read_json(folder / "config.json")
     defaults = inspect.signature(AutoencoderKLWan.__init__).parameters  # older configs leave out what has a default
     names = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
     return VAEShape(*(stored.get(name, defaults[name].default) for name in names))
@@ -156,7 +156,7 @@ def _check_sizes(config: Config) -> None:
     if vae.channels != shape["in_channels"]:
         raise ConfigError(f"the VAE has {vae.channels} latent channels, the transformer {shape['in_channels']}; "
                           "model.bundle and model.checkpoint do not belong together")  # fmt: skip
-    text_dim = _read_json(bundle_folder(config) / "text_encoder" / "config.json").get("d_model")
+    text_dim = read_json(bundle_folder(config) / "text_encoder" / "config.json").get("d_model")
     if text_dim != shape["text_dim"]:
         raise ConfigError(f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}; "
                           "model.bundle and model.checkpoint do not belong together")  # fmt: skip
