@@ -84,7 +84,8 @@ def clip_mask(
 
 def rms_norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     """norm(x), x [B, L, dim], with fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    offloaded = norm.weight.is_meta  # a hook on the module's own forward fetches it
+    if x.device.type != "cpu" or offloaded or torch.compiler.is_compiling():
         return norm(x)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
     scale = torch.rsqrt(squares / x.shape[-1] + norm.eps)

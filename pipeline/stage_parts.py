@@ -20,6 +20,8 @@ from utils.data import LatentClips, sprite_clips
 from utils.distributed import World
 from utils.text import encode_text, small_text_encoder, sprite_tokenizer
 
+MEMO_BYTES = 2**30  # of remembered prompt embeddings
+
 
 def need_folder(path: str | None, key: str, part: str) -> Path:
     """The folder that setting `key` names. Raises `ConfigError` where it is unset or not there."""
@@ -35,7 +37,7 @@ class TextConditioning:
     """Tokenizer and text encoder of a stage.
 
     Attributes:
-        trainable: the encoder is trained along with the DiT; else it is frozen and embeddings are remembered.
+        trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,10 +73,14 @@ class TextConditioning:
         """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained."""
         if self.trainable:
             return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
-        for prompt in {p for p in prompts if p not in self._memo}:
+        found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
+        for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
             with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
-                self._memo[prompt] = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]
-        return torch.stack([self._memo[prompt] for prompt in prompts])
+                found[prompt] = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]
+        self._memo |= found
+        while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
+            del self._memo[next(iter(self._memo))]  # the oldest
+        return torch.stack([found[prompt] for prompt in prompts])
 
 
 @dataclass

@@ -1,0 +1,74 @@
+"""Write sampling trajectories of the AR-diffusion model, for causal ODE regression (`train.stage=ode`).
+
+    python scripts/generate_ode_pairs.py --config_path configs/tiny/ode.yaml
+    torchrun --nproc_per_node=8 scripts/generate_ode_pairs.py --config_path configs/causal_ode_chunkwise_8gpu.yaml
+
+The model is that of the `model` section; prompts are those of `data`; the rollout is the one of inference with the
+configured cache, `ode.grid_steps` Euler steps and guidance `ode.guidance`. Shards go to `ode.path`. Started again, it
+writes what is missing.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.distillation import check_student, latent_size, load_student, load_text  # noqa: E402
+from pipeline.prompt_data import PromptData  # noqa: E402
+from pipeline.stage_parts import need_folder  # noqa: E402
+from pipeline.trajectories import grid_points, write_trajectories  # noqa: E402
+from utils.bundle import transformer_source, vae_shape_of  # noqa: E402
+from utils.checkpoint import content_hash  # noqa: E402
+from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.distributed import World, join_world, leave_world  # noqa: E402
+
+USAGE_ERROR = 2
+
+
+def generate(config: Config, device: torch.device, world: World) -> None:
+    """Write the shards that are missing. Raises `ConfigError`."""
+    if config.ode.path is None:
+        raise ConfigError("setting `ode.path` is not set: name the folder to write trajectories to")
+    check_student(config)
+    grid_points(config)  # a student's step off the grid shows before a model is loaded
+    vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
+    text = load_text(config, device)
+    data = PromptData.load(config, vae.channels, device, world)
+    model = load_student(config, text, device, vae.channels).eval()
+    weights = f"random, seed {config.seed}" if config.model.random_init else content_hash(transformer_source(config))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
+        write_trajectories(config, model, text, data, latent_size(config, vae.spatial_stride), weights, world)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True, help="YAML of the stage")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example ode.path=runs/pairs")
+    parsed = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    try:
+        config = load_config(parsed.config_path, parsed.overrides)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        world = join_world(device)
+        try:
+            generate(config, device, world)
+        finally:
+            leave_world(world)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What diffusers offers for its models works on CausalWanModel."""
+
+import json
+
+import accelerate
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig
+from test_kv_cache import make, roll
+from toy import DIMS, randomize, toy_chunk, toy_prompt
+
+from model.causal_wan import CausalWanModel
+
+INPUTS = (toy_chunk(0, frames=6), torch.tensor([500.0]), toy_prompt())
+
+
+def outputs(model, cache):
+    """Flow of a clip, and flows of six chunks with a cache."""
+    cache.reset()
+    with torch.no_grad():
+        clip = model(*INPUTS, clean_hidden_states=toy_chunk(1, frames=6)).sample
+    return clip, torch.cat(roll(model, cache, 6)[0])
+
+
+def assert_alike(model, cache, expected, atol=1e-5):
+    for out, wanted in zip(outputs(model, cache), expected, strict=True):
+        torch.testing.assert_close(out, wanted, atol=atol, rtol=0)
+
+
+def test_saved_and_loaded(tmp_path):
+    model, cache, _ = make({})
+    model.save_pretrained(tmp_path)
+    loaded, report = CausalWanModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    private = ("_name_or_path", "_use_default_values")
+    before, after = (json.loads(m.to_json_string()) for m in (model, loaded))
+    assert {k: v for k, v in before.items() if k not in private} == {k: v for k, v in after.items() if k not in private}
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert_alike(loaded.eval(), cache, outputs(model, cache), atol=0)
+
+
+def test_loads_a_bidirectional_checkpoint(tmp_path):
+    wan = WanTransformer3DModel(**DIMS)
+    randomize(wan, 0)
+    wan.save_pretrained(tmp_path)
+    settings = {"text_len": 7, "frames_per_chunk": 6, "compressor": "identity"}
+    model = CausalWanModel.from_pretrained(tmp_path, **settings).eval()
+    prompt = toy_prompt(length=7)
+    with torch.no_grad():
+        expected = wan.eval()(INPUTS[0], INPUTS[1], prompt).sample
+        torch.testing.assert_close(model(INPUTS[0], INPUTS[1], prompt).sample, expected, atol=2e-5, rtol=0)
+
+
+def test_loaded_in_bfloat16(tmp_path):
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    model.save_pretrained(tmp_path)
+    half = CausalWanModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert half.dtype == torch.bfloat16 and half.blocks[0].scale_shift_table.dtype == torch.float32  # as in Wan
+    cache.reset()
+    flow = half(*(x.bfloat16() for x in (INPUTS[0],)), INPUTS[1], INPUTS[2].bfloat16(),
+                clean_hidden_states=toy_chunk(1, frames=6).bfloat16()).sample  # fmt: skip
+    assert (flow.float() - expected[0]).square().mean().sqrt() < 0.05 * expected[0].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("teacher_forcing", [True, False])
+def test_gradient_checkpointing_of_whole_clips(teacher_forcing):
+    model, _, _ = make({})
+    options = {"clean_hidden_states": toy_chunk(1, frames=6)} if teacher_forcing else {}
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.enable_gradient_checkpointing() if checkpointing else model.disable_gradient_checkpointing()
+        model(*INPUTS, **options).sample.square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 50
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def add_lora(model):
+    model.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), "style")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_lora_changes_the_output_and_can_be_switched_off():
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    add_lora(model)
+    for out, wanted in zip(outputs(model, cache), expected, strict=True):
+        assert (out - wanted).abs().max() > 1e-2
+    model.disable_adapters()
+    assert_alike(model, cache, expected)
+    model.enable_adapters()
+    with torch.no_grad():
+        plain = model(*INPUTS).sample
+        none = model(*INPUTS, attention_kwargs={"scale": 0.0}).sample
+        model.disable_adapters()
+        torch.testing.assert_close(none, model(*INPUTS).sample, atol=1e-5, rtol=0)
+    assert (plain - none).abs().max() > 1e-2
+
+
+def test_lora_is_saved_and_loaded(tmp_path):
+    model, cache, _ = make({})
+    add_lora(model)
+    expected = outputs(model, cache)
+    model.save_lora_adapter(tmp_path, adapter_name="style")
+    fresh, _, _ = make({})
+    fresh.load_lora_adapter(tmp_path, adapter_name="other", prefix=None, use_safetensors=True)
+    assert_alike(fresh, cache, expected)
+
+
+def test_lora_trains_through_the_cache():
+    model, cache, _ = make({})
+    roll(model, cache, 5)
+    add_lora(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and len(trained) < len(list(model.parameters())) / 2
+    optimizer = torch.optim.SGD(trained, lr=0.02)
+    context, losses = cache.context(), []
+    for _ in range(5):
+        flow = model(toy_chunk(5), torch.tensor([500.0]), toy_prompt(), context=context, return_kv=False).sample
+        losses.append(flow.square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_compiled_blocks():
+    """Traced and differentiable, but not lowered to machine code, which takes half a minute."""
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="aot_eager")
+    assert_alike(model, cache, expected)
+
+
+@pytest.mark.slow
+def test_blocks_compiled_by_inductor():
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks()
+    assert_alike(model, cache, expected, atol=5e-5)
+
+
+def test_layerwise_casting():
+    """Weights stored in 8 bits, computed in float32; norms, embeddings and modulation tables stay as they are."""
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    assert model.blocks[0].attn1.norm_q.weight.dtype == torch.float32
+    for out, wanted in zip(outputs(model, cache), expected, strict=True):
+        assert 0 < (out - wanted).square().mean().sqrt() < 0.3 * wanted.square().mean().sqrt()
+
+
+def test_offloaded_by_module():
+    """accelerate's sequential offload: every module's weights are on the device only while it runs."""
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.blocks[0].attn1.to_q.weight.device.type == "meta"
+    assert_alike(model, cache, expected)
+
+
+def test_offloaded_as_a_whole():
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    assert_alike(model, cache, expected, atol=0)
+    hook.offload()
+
+
+def test_attention_backend_by_name():
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    model.set_attention_backend("_native_math")
+    assert_alike(model, cache, expected)
