@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _PREFIX, _PARTIAL, _INFO, _CONFIG = "step-", ".partial-", "info.json", "config.yaml"
+_WRITTEN_LAST = ".metadata"  # of torch.distributed.checkpoint
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*"))
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _WRITTEN_LAST).is_file())
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
@@ -102,7 +103,9 @@ class Checkpoints:
             os.replace(self._partial(step), self.folder / f"{_PREFIX}{step:08d}")
             log.info("checkpoint of step %d is complete", step)
             for old in list_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+                gone = self.folder / f"{_PARTIAL}{old.name}"  # half deleted, it must not look like a checkpoint
+                os.replace(old, gone)
+                shutil.rmtree(gone)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{_PARTIAL}{step:08d}"

@@ -40,7 +40,7 @@ class FlowMatchingStage(GeneratorStage):
         self.text = self._load_text()
         self.data = LatentData.load(config, device, world)
         self.vae_folder, self.latent_shape = self.data.vae_folder, (self.data.channels, *self.data.size)
-        self.transformer = self._build(self.text.text_dim).to(device)
+        self.transformer = self._build(self.text.text_dim)  # the trainer moves it to the device
         if device.type == "cpu":
             prepare_for_cpu(self.transformer)
         if config.train.gradient_checkpointing:

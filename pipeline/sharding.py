@@ -64,7 +64,8 @@ def sharding_mesh(config: Config, world: World, device: torch.device) -> DeviceM
 
 
 def prepare_stage(stage: Stage, config: Config, world: World, device: torch.device) -> bool:
-    """Shard the stage's modules, targets and frozen modules, in place; returns whether they are now sharded.
+    """Move the stage's modules, targets and frozen modules to `device`, in shards where `train.sharding` says so;
+    returns whether it does. A model that was built on the CPU then never is on the device as a whole.
 
     In mixed precision the time embedding is also kept out of autocast, sharded or not.
     """
@@ -75,6 +76,7 @@ def prepare_stage(stage: Stage, config: Config, world: World, device: torch.devi
                 _keep_out_of_autocast(model.condition_embedder.time_embedder, device.type)
             if mesh is not None and not isinstance(model, FSDPModule):
                 shard_model(model, mesh, config.train.mixed_precision)
+        module.to(device)
     return mesh is not None
 
 

@@ -38,12 +38,14 @@ class TextConditioning:
 
     Attributes:
         trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
+        device: where embeddings are wanted.
     """
 
     tokenizer: PreTrainedTokenizerBase
     encoder: UMT5EncoderModel
     text_len: int
     trainable: bool
+    device: torch.device
     _memo: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -55,15 +57,17 @@ class TextConditioning:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
-            return cls(tokenizer, encoder.to(device).train(), model.text_len, trainable=True)
+            return cls(tokenizer, encoder.to(device).train(), model.text_len, True, device)
         folder = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto", local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"setting `train.text_from` is {folder}: no text encoder there ({reason})") from error
-        return cls(tokenizer, encoder.float().requires_grad_(False).to(device).eval(), model.text_len, trainable=False)
+        if not config.train.text_on_cpu:
+            encoder = encoder.float().to(device)
+        return cls(tokenizer, encoder.requires_grad_(False).eval(), model.text_len, False, device)
 
     @property
     def text_dim(self) -> int:
@@ -76,7 +80,8 @@ class TextConditioning:
         found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
         for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
             with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
-                found[prompt] = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]
+                embeds = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]  # [text_len, text_dim]
+                found[prompt] = embeds.to(self.device, torch.float32)
         self._memo |= found
         while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
             del self._memo[next(iter(self._memo))]  # the oldest

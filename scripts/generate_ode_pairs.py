@@ -39,7 +39,7 @@ def generate(config: Config, device: torch.device, world: World) -> None:
     vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
     text = load_text(config, device)
     data = PromptData.load(config, vae.channels, device, world)
-    model = load_student(config, text, device, vae.channels).eval()
+    model = load_student(config, text, device, vae.channels).eval().to(device)
     weights = f"random, seed {config.seed}" if config.model.random_init else content_hash(transformer_source(config))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
         write_trajectories(config, model, text, data, latent_size(config, vae.spatial_stride), weights, world)

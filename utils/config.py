@@ -234,6 +234,7 @@ class TrainConfig:
     sample_long_frames: int = 0  # latent frames of a second, longer set of sample videos; 0: none
     init_from: str | None = None  # transformer folder a teacher or AR model starts from; null: `model`'s shape, random
     text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
+    text_on_cpu: bool = False  # a frozen text encoder stays on the CPU, in the dtype it is stored in
     shift: float = 5.0  # of the training noise schedule
     loss_weighting: LossWeighting = LossWeighting.bell
     prompt_dropout: float = 0.0  # share of captions replaced by the negative prompt
