@@ -15,8 +15,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import train
+from pipeline.diffusion import ARDiffusionStage
 from pipeline.optimizer import RoleState
 from pipeline.sharding import whole
 from tests import tiny
@@ -59,7 +61,7 @@ def write_inputs(folder: Path) -> None:
             "total_batch_size": 4,
             "mixed_precision": "no",
             "loss_weighting": "none",
-            "optimizer": {"lr": 2e-3, "betas": [0.9, 0.999]},
+            "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999]},
             "max_grad_norm": 0.5,
             "ema_start_step": 1,
             "ema_decay": 0.5,
@@ -98,7 +100,8 @@ def stage_overrides(folder: Path, stage: str) -> list[str]:
             "video.trained_frames=8",  # four chunks: the last attends a compressed one
             f"dmd.teacher={folder / 'teacher'}",
             "dmd.critic_updates=2",
-            "dmd.critic_optimizer.lr=2e-3",
+            "dmd.critic_optimizer.lr=5e-4",
+            "train.optimizer.lr=1.5e-3",  # two updates only
         ],
     }
     return [f"train.stage={stage}", *more[stage]]
@@ -144,28 +147,70 @@ def run(argv: list[str]) -> int:
     return train.main([*argv, "--no_visualize"])
 
 
-def recorded(argvs: dict[str, list[str]], folder: Path) -> None:
-    """Run each command line and write `folder/NAME.pt`: per update the gradients before the clip, by parameter name.
+def run_visual(argv: list[str]) -> int:
+    """The command line with its sample videos."""
+    return train.main(argv)
 
-    All runs share one process group.
+
+def run_broken(argv: list[str], rank: int, steps: tuple[int, ...]) -> int:
+    """The command line, with a loss that is not finite on one rank at some steps."""
+    loss = ARDiffusionStage.loss
+
+    def broken(stage, role, batch, step):
+        value, logs = loss(stage, role, batch, step)
+        bad = step in steps and os.environ["RANK"] == str(rank)
+        return (value * float("nan") if bad else value), logs
+
+    ARDiffusionStage.loss = broken
+    return run(argv)
+
+
+def placed(argv: list[str], output: Path) -> int:
+    """Write to `output` which parameters of the stage, by role and name, are shards, and train nothing."""
+
+    def describe(trainer: train.Trainer) -> None:
+        modules = {**trainer.stage.modules, **trainer.stage.frozen}
+        shards = {
+            f"{role}:{name}": isinstance(p, DTensor)
+            for role, module in modules.items()
+            for name, p in module.named_parameters()
+        }
+        if trainer.world.is_main:
+            output.write_text(json.dumps(shards))
+
+    train.Trainer.run = describe
+    return run(argv)
+
+
+def recorded(argvs: dict[str, list[str]], folder: Path) -> None:
+    """Run each command line and write `folder/NAME.pt`.
+
+    `gradients`: per update, those before the clip by parameter name; `logs`: per step; `moved`: per role
+    how far a weight at most was from its start at the role's last update. All runs share one process group.
     """
-    device = torch.device("cpu")
-    world = train.join_world(device)
-    clip, leave = RoleState.clip, train.leave_world
+    world = train.join_world(torch.device("cpu"))
+    clip, leave, log = RoleState.clip, train.leave_world, train.Tracker.log
     train.leave_world = lambda world: None
     for name, argv in argvs.items():
-        steps = []
+        record, starts = {"gradients": [], "logs": [], "moved": {}}, {}
 
-        def clip_and_record(state: RoleState, max_norm: float, steps=steps) -> float:
-            named = dict(state.module.named_parameters())
-            steps.append({key: whole(p.grad).clone() for key, p in named.items() if p.grad is not None})
+        def clip_and_record(state, max_norm, record=record, starts=starts):
+            named = {key: p for key, p in state.module.named_parameters() if p.grad is not None}
+            record["gradients"].append({key: whole(p.grad).clone() for key, p in named.items()})
+            weights = {key: whole(p.detach()).clone() for key, p in named.items()}
+            first = starts.setdefault(id(state), weights)
+            record["moved"][id(state)] = max((weights[key] - first[key]).abs().max().item() for key in weights)
             return clip(state, max_norm)
 
-        RoleState.clip = clip_and_record
-        code = train.main([*argv, "--no_visualize"])
+        def log_and_record(tracker, values, step, record=record):
+            record["logs"].append(dict(values))
+            log(tracker, values, step)
+
+        RoleState.clip, train.Tracker.log = clip_and_record, log_and_record
+        code = run(argv)
         if code:
             raise SystemExit(f"run {name} ended with {code}")
         if world.is_main:
-            torch.save(steps, folder / f"{name}.pt")
-    RoleState.clip, train.leave_world = clip, leave
+            torch.save(record, folder / f"{name}.pt")
+    RoleState.clip, train.leave_world, train.Tracker.log = clip, leave, log
     leave(world)
