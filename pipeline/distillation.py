@@ -81,8 +81,8 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
 
 
 def prepare(model, config: Config, device: torch.device):
-    """In float32, with gradient checkpointing where asked for and what makes `device` faster; returns it. Whoever runs it
-    moves it there: the trainer does so in shards."""
+    """In float32, with gradient checkpointing where asked for and what makes `device` faster; returns it. Whoever runs
+    it moves it there: the trainer does so in shards."""
     model = model.float()
     if device.type == "cpu":
         prepare_for_cpu(model)
