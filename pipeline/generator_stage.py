@@ -85,8 +85,7 @@ class GeneratorStage(Stage):
         module = self.modules["generator"]
         with swapped_in(module, None if ema is None else ema["generator"]):
             exported(self.transformer).save_pretrained(folder / "transformer")
-            exported(self.text.encoder).save_pretrained(folder / "text_encoder")
-        self.text.tokenizer.save_pretrained(folder / "tokenizer")
+            self.text.save(folder)
         FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
 
