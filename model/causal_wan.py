@@ -96,26 +96,37 @@ class CausalWanBlock(WanTransformerBlock):
         if context is None:
             out = attend(rotated_query, rotated_key, value, backend, mask)  # [B, L, heads, D]
         else:
-            selected = context.select(self.layer, query)  # [B, k] chunk ids
-            mid = None
-            if mid_tokens is not None and selected.shape[1]:
-                mid = self._project_kv(_gather_chunks(mid_tokens, selected))
-            keys, values = context.extend(self.layer, selected, rotated_key, value, mid)  # [B, history + L, heads, D]
+            keys, values = self._with_history(context, query, rotated_key, value, mid_tokens)
             out = attend(rotated_query, keys, values, backend)  # [B, L, heads, D]
         out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
         return attn.to_out[1](out), (query, key, value)
+
+    @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
+    def _with_history(self, context, query, rotated_key, value, mid_tokens):
+        """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""
+        selected = context.select(self.layer, query)  # [B, k] chunk ids
+        mid = None
+        if mid_tokens is not None and selected.shape[1]:
+            mid = self._project_kv(_gather_chunks(mid_tokens, selected))
+        return context.extend(self.layer, selected, rotated_key, value, mid)
+
+    def _project_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, text_len, dim] -> K, V [B, text_len, heads, D] each."""
+        attn = self.attn2
+        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
+        return key, attn.to_v(text).unflatten(2, (attn.heads, -1))
+
+    @torch.compiler.disable
+    def _memorised_text(self, text: torch.Tensor | None, text_kv: TextKV) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layer not in text_kv:
+            text_kv[self.layer] = self._project_text(text)
+        return text_kv[self.layer]
 
     def _cross_attention(self, x, text, text_kv):
         """x [B, L, dim], text [B, text_len, dim] -> [B, L, dim]."""
         attn = self.attn2
         query = rms_norm(attn.norm_q, attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
-        if text_kv is not None and self.layer in text_kv:
-            key, value = text_kv[self.layer]
-        else:
-            key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))  # [B, text_len, heads, D]
-            value = attn.to_v(text).unflatten(2, (attn.heads, -1))
-            if text_kv is not None:
-                text_kv[self.layer] = (key, value)
+        key, value = self._project_text(text) if text_kv is None else self._memorised_text(text, text_kv)
         out = attend(query, key, value, attn.processor._attention_backend)  # [B, L, heads, D]
         out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
         return attn.to_out[1](out)

@@ -81,7 +81,6 @@ class ChunkContext:
         """(chunk the selection was made for, per layer ids), for `refresh_interval`."""
         return self._selected_at, self._selection
 
-    @torch.compiler.disable
     def select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Ids of the mid chunks this layer attends, in time order: int64 CPU [B, k].
 
@@ -121,7 +120,6 @@ class ChunkContext:
         shifts = (torch.tensor(self.archived) - self.chunk).double() * frames
         return affinity(mean_query, cache.mean_keys(layer), shifts)
 
-    @torch.compiler.disable
     def extend(
         self,
         layer: int,

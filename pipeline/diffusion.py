@@ -49,7 +49,7 @@ class FlowMatchingStage(GeneratorStage):
         self.modules = {"generator": Generator(self.transformer, trained_text)}
 
     def _load_text(self) -> TextConditioning:
-        return TextConditioning.load(self.config, self.device)
+        return TextConditioning.load(self.config, self.device, self.config.model.text_len)
 
     def _build(self, text_dim: int) -> nn.Module:
         raise NotImplementedError

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from diffusers import WanTransformer3DModel
 
@@ -22,7 +20,7 @@ def check_student(config: Config) -> None:
             f"setting `train.init_from` is {train.init_from}: stage {train.stage.value} starts from model.bundle and "
             "model.checkpoint; unset it"
         )
-    if train.text_from is None:
+    if train.text_from is None and config.data.text_embeddings is None:
         raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
     if sampler.kind != SamplerKind.few_step or sampler.guidance != 1:
         raise ConfigError(
@@ -40,7 +38,7 @@ def check_student(config: Config) -> None:
 
 def load_text(config: Config, device: torch.device) -> TextConditioning:
     """The frozen text encoder, padding prompts to the length that the student's own settings name."""
-    return replace(TextConditioning.load(config, device), text_len=transformer_settings(config)["text_len"])
+    return TextConditioning.load(config, device, transformer_settings(config)["text_len"])
 
 
 def load_student(
@@ -99,8 +97,8 @@ def latent_size(config: Config, stride: int) -> tuple[int, int]:
 def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:
     if model.config.text_dim != text.text_dim:
         raise ConfigError(
-            f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, the text encoder in "
-            f"train.text_from makes them {text.text_dim} wide"
+            f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, those of "
+            f"train.text_from or data.text_embeddings are {text.text_dim} wide"
         )
 
 

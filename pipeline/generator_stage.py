@@ -85,8 +85,7 @@ class GeneratorStage(Stage):
         module = self.modules["generator"]
         with swapped_in(module, None if ema is None else ema["generator"]):
             save_exported(self.transformer, folder / "transformer")
-            save_exported(self.text.encoder, folder / "text_encoder")
-        self.text.tokenizer.save_pretrained(folder / "tokenizer")
+            self.text.save(folder)
         FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
 

@@ -130,7 +130,7 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"setting `inference.attention_backend`: {backend} cannot be used here ({error})") from error
     if config.inference.compile:
-        model.compile_repeated_blocks()
+        model.compile_repeated_blocks(dynamic=True)  # the history grows over the first chunks
     return model
 
 

@@ -1,19 +1,16 @@
 """Encode a data set's clips once, so that the VAE is not in the DiT's training loop. Format: `utils/data.py`."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from pipeline.vae_clip import encode_moments
-from utils.config import ConfigError
-from utils.data import META, SHARD_CLIPS, ClipSource, shard_path
+from utils.data import SHARD_CLIPS, ClipSource, shard_path
 from utils.distributed import World, barrier
+from utils.shards import META, keep_to_plan, unfinished, write_json, write_tensors
 
 FRAMES_AT_ONCE = 384  # bounds the encoder's memory
 
@@ -42,36 +39,19 @@ def write_latents(source: ClipSource, vae: AutoencoderKLWan, vae_hash: str, fold
     Raises `ConfigError` where the folder holds clips of another source or VAE (`vae_hash` tells which).
     """
     made_by = {"source": source.name, "clips": source.count, "vae": vae_hash}
-    plan = folder / "plan.json"
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if plan.is_file() and json.loads(plan.read_text()) != made_by:
-            raise ConfigError(f"data folder {folder} holds latents of other clips or of another VAE: remove it")
-        _write(plan, json.dumps(made_by))
-    shards = range(-(-source.count // SHARD_CLIPS))
-    missing = [n for n in shards if not shard_path(folder, n, ".safetensors").is_file()]
-    barrier(world)  # every rank has listed the same missing shards before one is written
+    keep_to_plan(folder, made_by, world)
+    numbers = range(-(-source.count // SHARD_CLIPS))
+    mine = unfinished([shard_path(folder, number, ".safetensors") for number in numbers], world)
     batch = max(1, FRAMES_AT_ONCE // len(source.frames(0)))
-    for number in tqdm(
-        missing[world.rank :: world.size], desc=f"encode {folder.name}", unit="shard", disable=not world.is_main
-    ):
+    for number in tqdm(mine, desc=f"encode {folder.name}", unit="shard", disable=not world.is_main):
         clips = range(number * SHARD_CLIPS, min((number + 1) * SHARD_CLIPS, source.count))
         latents = []
         for start in range(clips.start, clips.stop, batch):
             frames = np.stack([source.frames(i) for i in range(start, min(start + batch, clips.stop))])
             latents.append(encode_frames(vae, frames).half())
-        _write(shard_path(folder, number, ".json"), json.dumps([source.caption(i) for i in clips]))
-        path = shard_path(folder, number, ".safetensors")
-        partial = path.with_suffix(".partial")
-        save_file({"latents": torch.cat(latents).contiguous()}, partial)
-        os.replace(partial, path)
+        write_json(shard_path(folder, number, ".json"), [source.caption(i) for i in clips])
+        write_tensors(shard_path(folder, number, ".safetensors"), {"latents": torch.cat(latents)})
     barrier(world)
     if world.is_main:
-        _write(folder / META, json.dumps(made_by))
+        write_json(folder / META, made_by)
     barrier(world)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

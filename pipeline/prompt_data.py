@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -41,9 +43,9 @@ class LatentReference:
     motion: float | None
 
     @classmethod
-    def of_clips(cls, latents: torch.Tensor) -> LatentReference:
-        """latents: [N, C, F, H, W]."""
-        measured = [latent_statistics(clip[None]) for clip in latents]  # one by one, for the memory
+    def of_clips(cls, clips: Iterable[torch.Tensor]) -> LatentReference:
+        """clips: latents [C, F, H, W] each."""
+        measured = [latent_statistics(clip[None]) for clip in clips]  # one by one, for the memory
         mean, std, motion = (torch.cat(values).mean(0) for values in zip(*measured, strict=True))
         return cls(mean, std.clamp_min(_TINY), motion.item())
 
@@ -86,7 +88,7 @@ class PromptData:
         data = LatentData.load(config, device, world)
         if data.channels != channels:
             raise ConfigError(f"setting `data.path`: its latents have {data.channels} channels, the model {channels}")
-        reference = LatentReference.of_clips(data.clips.latents[:REFERENCE_CLIPS])
+        reference = LatentReference.of_clips(islice(data.clips, REFERENCE_CLIPS))
         return cls(data.clips.captions, reference)
 
     def prompt(self, seed: int, index: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +16,18 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipeline.latents import write_latents
+from pipeline.prompts import data_prompts, fixed_prompts
 from pipeline.sharding import plain_copy
+from utils.bundle import vae_shape_of
 from utils.checkpoint import cast_weights, content_hash
 from utils.config import Config, ConfigError
 from utils.data import LatentClips, sprite_clips
 from utils.distributed import World
+from utils.shards import META
 from utils.text import encode_text, small_text_encoder, sprite_tokenizer
+from utils.text_embeddings import TextEmbeddings
+
+log = logging.getLogger(__name__)
 
 MEMO_BYTES = 2**30  # of remembered prompt embeddings
 
@@ -34,30 +43,53 @@ def need_folder(path: str | None, key: str, part: str) -> Path:
 
 @dataclass
 class TextConditioning:
-    """Tokenizer and text encoder of a stage.
+    """Text encoder and tokenizer of a stage, or the embeddings that stand for them.
 
     Attributes:
+        tokenizer, encoder: None where embeddings are `stored`.
         trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
         device: where embeddings are wanted.
+        stored: what `data.text_embeddings` names.
+        source: folder that the frozen encoder and tokenizer are from.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    encoder: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase | None
+    encoder: UMT5EncoderModel | None
     text_len: int
     trainable: bool
     device: torch.device
+    stored: TextEmbeddings | None = None
+    source: Path | None = None
     _memo: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, config: Config, device: torch.device) -> TextConditioning:
-        """From `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of width `model.text_dim`."""
+    def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
+        """From `data.text_embeddings`, or `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of
+        width `model.text_dim`. `text_len`: tokens that the DiT takes.
+
+        Raises `ConfigError` where these are not there, or stored embeddings lack a prompt that training would ask for.
+        """
         model = config.model
+        if config.data.text_embeddings is not None:
+            stored = TextEmbeddings(config.data.text_embeddings)
+            if stored.text_len != text_len:
+                raise ConfigError(
+                    f"setting `data.text_embeddings` is {stored.folder}: its prompts were cut at {stored.text_len} "
+                    f"tokens, the model takes {text_len}; write them again with scripts/precompute_text.py"
+                )
+            stored.require(fixed_prompts(config) + data_prompts(config))
+            source = None
+            if config.train.text_from is not None:
+                source = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
+                for part in ("text_encoder", "tokenizer"):
+                    need_folder(str(source / part), "train.text_from", part)
+            return cls(None, None, text_len, trainable=False, device=device, stored=stored, source=source)
         if config.train.text_from is None:
             tokenizer = sprite_tokenizer()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
-            return cls(tokenizer, encoder.to(device).train(), model.text_len, True, device)
+            return cls(tokenizer, encoder.to(device).train(), text_len, trainable=True, device=device)
         folder = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -67,11 +99,12 @@ class TextConditioning:
             raise ConfigError(f"setting `train.text_from` is {folder}: no text encoder there ({reason})") from error
         if not config.train.text_on_cpu:
             encoder = encoder.float().to(device)
-        return cls(tokenizer, encoder.requires_grad_(False).eval(), model.text_len, False, device)
+        encoder = encoder.requires_grad_(False).eval()
+        return cls(tokenizer, encoder, text_len, trainable=False, device=device, source=folder)
 
     @property
     def text_dim(self) -> int:
-        return self.encoder.config.d_model
+        return self.encoder.config.d_model if self.stored is None else self.stored.text_dim
 
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained."""
@@ -79,13 +112,32 @@ class TextConditioning:
             return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
         found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
         for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
-            with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
-                embeds = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]  # [text_len, text_dim]
-                found[prompt] = embeds.to(self.device, torch.float32)
+            found[prompt] = self._embed(prompt)
         self._memo |= found
         while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
             del self._memo[next(iter(self._memo))]  # the oldest
         return torch.stack([found[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> torch.Tensor:
+        """[text_len, text_dim], zero past the prompt's end."""
+        if self.stored is not None:
+            embedding = self.stored[prompt].to(self.device, torch.float32)  # [length, text_dim]
+            return nn.functional.pad(embedding, (0, 0, 0, self.text_len - len(embedding)))
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            embedding = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]
+        return embedding.to(self.device, torch.float32)
+
+    def save(self, folder: Path) -> None:
+        """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded."""
+        if self.encoder is not None:
+            save_exported(self.encoder, folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+        elif self.source is not None:
+            for part in ("text_encoder", "tokenizer"):
+                shutil.copytree(self.source / part, folder / part, dirs_exist_ok=True)
+        else:
+            log.warning("%s gets no text encoder and tokenizer: train.text_from does not say where they are", folder)
 
 
 @dataclass
@@ -117,6 +169,8 @@ class LatentData:
                 source = sprite_clips(config.seed, count, frames, config.video.height, config.video.width)
                 write_latents(source, vae, vae_hash, folder, world)
         loaded = {name: LatentClips(folder) for name, folder in folders.items()}
+        for name, folder in folders.items():
+            _check_latents(loaded[name], folder, vae_folder, config)
         return cls(loaded["clips"], loaded.get("stills"), vae_folder)
 
     @property
@@ -125,12 +179,12 @@ class LatentData:
 
     @property
     def channels(self) -> int:
-        return self.clips.latents.shape[1]
+        return self.clips.shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
         """Latent height and width."""
-        return tuple(self.clips.latents.shape[-2:])
+        return self.clips.shape[-2:]
 
     def sample(self, seed: int, index: int, frames: int) -> tuple[torch.Tensor, str]:
         """The first `frames` latent frames [C, frames, H, W] of the clip that sample `index` shows, and its caption.
@@ -141,7 +195,21 @@ class LatentData:
         if frames > source.frames:
             raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
         clip = source.clip_of(seed, index)
-        return source.latents[clip, :, :frames], source.captions[clip]
+        return source[clip][:, :frames], source.captions[clip]
+
+
+def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
+    """Raise `ConfigError` where latents are of another VAE than `data.vae`, or of another size than `video`."""
+    made_by = json.loads((folder / META).read_text(encoding="utf-8"))
+    if made_by["vae"] != content_hash(vae_folder):
+        raise ConfigError(f"setting `data.vae` is {vae_folder}: the latents in {folder} are of another VAE")
+    stride, video = vae_shape_of(vae_folder).spatial_stride, config.video
+    height, width = (stride * size for size in clips.shape[-2:])
+    if (height, width) != (video.height, video.width):
+        raise ConfigError(
+            f"settings `video.height` and `video.width` are {video.height} and {video.width}: the latents in {folder} "
+            f"are of {height}x{width} videos"
+        )
 
 
 @contextmanager

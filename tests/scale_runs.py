@@ -22,8 +22,10 @@ from pipeline.diffusion import ARDiffusionStage
 from pipeline.optimizer import RoleState
 from pipeline.sharding import whole
 from tests import tiny
-from utils.data import META, shard_path
+from utils.checkpoint import content_hash
+from utils.data import shard_path
 from utils.rng import keyed_randn
+from utils.shards import META
 from utils.sprite_world import caption, sample_spec
 
 CLIPS, FRAMES = 8, 4  # latent frames
@@ -39,7 +41,7 @@ def write_inputs(folder: Path) -> None:
     latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
     save_file({"latents": latents}, shard_path(clips, 0, ".safetensors"))
     shard_path(clips, 0, ".json").write_text(json.dumps([caption(sample_spec(0, i)) for i in range(CLIPS)]))
-    (clips / META).write_text("{}")
+    (clips / META).write_text(json.dumps({"vae": content_hash(folder / "bundle" / "vae")}))
     config = {
         "video": {"height": tiny.HEIGHT, "width": tiny.WIDTH, "frames_per_chunk": 2, "trained_frames": FRAMES},
         "model": {

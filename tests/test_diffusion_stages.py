@@ -111,7 +111,7 @@ def test_phases_choose_stills_and_crops_from_the_start(config):
     stage = TeacherStage(config, CPU, World())
     assert stage.batch(1, [5])["latents"].shape[2] == 1 and stage.batch(2, [5])["latents"].shape[2] == 2
     still = stage.data.stills.clip_of(1, 5)
-    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stage.data.stills.latents[still])
+    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stage.data.stills[still])
 
 
 def test_dropped_prompts_become_the_negative_prompt(config):

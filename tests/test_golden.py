@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import OracleMemory, OracleWan, clip_flow
 from safetensors.torch import load_file, save_file
+from toy import randn, toy_config, toy_model
 
 from scripts.check_golden import main
+from utils.config import CacheKind, Refresh, Temporal
+from utils.convert import diffusers_to_wan
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
-
-
 INPUTS = ("clean_latents", "noisy_latents", "prompt_embeds", "teacher_forcing.timestep")
 
 
@@ -101,3 +103,65 @@ def test_a_recorded_nan_is_no_pass(tmp_path, capsys):
 def test_no_case_is_an_error(tmp_path, names, capsys):
     assert main([str(copy(tmp_path, *names))]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def record(folder):
+    """Reference values of another network, computed by the oracle: chunks of 2 frames, 5 chunks, latents 4x10."""
+    settings = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 20,
+        "num_layers": 2,
+        "text_dim": 10,
+        "ffn_dim": 30,
+        "freq_dim": 16,
+        "text_len": 6,
+        "frames_per_chunk": 2,
+        "compressor_channels": (5,),
+        "eps": 1e-5,
+    }
+    model = toy_model(seed=3, **settings)
+    oracle, frames, latent = OracleWan(model), 10, (4, 10)
+    clean, noisy = (randn(1, 4, frames, *latent, seed=seed) for seed in (1, 2))
+    prompt = randn(1, 4, 10, seed=3)
+    timestep = torch.tensor([[900.0, 900, 200, 200, 500, 500]])
+
+    def rollout(**cache):
+        config = toy_config(channels=(5,), refresh=Refresh.per_forward, min_queries=32, **cache)
+        memory, flows = OracleMemory(oracle, config, latent, frames), []
+        for start in range(0, frames, 2):
+            flows.append(memory.flow(noisy[0, :, start : start + 2], 400.0, prompt[0]))
+            memory.commit(clean[0, :, start : start + 2], 10.0, prompt[0])
+        return torch.cat(flows, dim=1)
+
+    short = noisy[0, :, :6]
+    teacher = clip_flow(oracle, short, timestep[0], prompt[0], clean[0, :, :6], [0.0] * 6)
+    scored = "pack.hr_spatial.query_score.rope"
+    flows = {
+        "diffusion_forcing.flow": clip_flow(oracle, short, timestep[0], prompt[0]),
+        "teacher_forcing.flow": teacher,
+        "kv_window.flow": rollout(kind=CacheKind.sink, sink=1, recent=1, temporal=Temporal.absolute),
+        f"{scored}.flow": rollout(top_k=1, mid_capacity=2),
+    }
+    flows = {name: flow.transpose(0, 1)[None].float().contiguous() for name, flow in flows.items()}
+    inputs = {"clean_latents": clean.transpose(1, 2).contiguous(), "noisy_latents": noisy.transpose(1, 2).contiguous(),
+              "prompt_embeds": prompt, "teacher_forcing.timestep": timestep,
+              "kv_window.sink_frames": torch.tensor(2), "kv_window.window_frames": torch.tensor(6)}  # fmt: skip
+    save_file({**inputs, **flows}, folder / "io.safetensors")
+    weights = {diffusers_to_wan(name): tensor for name, tensor in model.state_dict().items()}
+    for file, of_compressor in (("wan_weights", False), ("hr_compressor_weights", True)):
+        part = {name: tensor for name, tensor in weights.items() if name.startswith("pack_compressor") == of_compressor}
+        save_file(part, folder / f"{file}.safetensors")
+    shared = ("num_layers", "ffn_dim", "text_dim", "freq_dim", "text_len", "eps")
+    dims = {name: settings[name] for name in shared}
+    dims |= {"patch_size": [1, 2, 2], "in_dim": 4, "out_dim": 4, "cross_attn_norm": True, "dim": 40, "num_heads": 2}
+    variant = {"name": scored, "sink_chunks": 1, "recent_chunks": 1, "mid_capacity_chunks": 2, "top_k": 1,
+               "selection": "query_score", "compressor": "hr_spatial", "rope_adjustment": True}  # fmt: skip
+    meta = {"dims": dims, "latent_hw": latent, "frames_per_chunk": 2, "num_chunks": 5, "denoise_timestep": 400,
+            "context_timestep": 10, "variants": [variant], "hr_stage_channels": [5]}  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_a_folder_of_other_dims(tmp_path, capsys):
+    record(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    assert last_line(capsys)["cases"] == 4

@@ -252,6 +252,9 @@ class DataConfig:
     num_clips: int = 4096
     num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
     clip_frames: int = 45  # pixel frames; 4n + 1
+    text_embeddings: str | None = None  # folder of stored prompt embeddings, in place of a text encoder in training
+    shard_size: int = 64  # videos per file of latents (scripts/prepare_latents.py)
+    workers: int = 2  # processes per rank that read videos (scripts/prepare_latents.py); 0: the main one
 
 
 @dataclass
@@ -468,6 +471,8 @@ def validate(config: Config) -> None:
     require(data.kind in ("sprites", "latents", "prompts"), "data.kind", data.kind,
             "must be sprites, latents or prompts")  # fmt: skip
     require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
+    require(data.shard_size >= 1, "data.shard_size", data.shard_size, "must be at least 1")
+    require(data.workers >= 0, "data.workers", data.workers, "must not be negative")
     for name, largest in (("crop_height", video.height), ("crop_width", video.width)):
         value = getattr(config.vae, name)
         fits = 0 < value <= largest and value % 16 == 0
