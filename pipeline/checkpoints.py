@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from utils.config import ConfigError
 from utils.distributed import World, barrier
@@ -45,14 +46,29 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:
-    """Fill `tensors` (nested dicts; shards get their part) from a checkpoint, by name. All ranks call it."""
-    dcp.load(tensors, checkpoint_id=checkpoint)
+    """Fill `tensors` (nested dicts; shards get their part) from a checkpoint, by name. All ranks call it.
+
+    Raises `ConfigError` where the checkpoint has other tensors.
+    """
+    try:
+        dcp.load(tensors, checkpoint_id=checkpoint)
+    except CheckpointException as error:
+        raise ConfigError(
+            f"checkpoint {checkpoint} is not one of this model and optimizer ({_first_failure(error)}); train with the "
+            f"settings in its {_CONFIG}, or choose another train.logdir"
+        ) from error
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in a checkpoint, by its dotted name."""
     entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """What went wrong on the first rank that failed, in one line."""
+    cause = next(iter(error.failures.values()))[0]
+    return str(cause).splitlines()[0]
 
 
 class Checkpoints:
@@ -71,7 +87,8 @@ class Checkpoints:
         self._pending: tuple[int, Future] | None = None
 
     def save(self, step: int, tensors: dict[str, Any], info: dict[str, Any]) -> None:
-        """Copy `tensors` to the CPU, then write in the background. Waits for the save before it, and raises its error.
+        """Copy `tensors` to the CPU, then write in the background. Waits for the save before it, and raises OSError
+        where that failed.
 
         Args:
             tensors: nested dicts of tensors; one that is whole on every rank is written once.
@@ -94,11 +111,14 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way, if any, and publish it. Raises what went wrong in it."""
+        """Wait for the save under way, if any, and publish it. Raises OSError where it failed on any rank."""
         if self._pending is None:
             return
         (step, future), self._pending = self._pending, None
-        future.result()
+        try:
+            future.result()
+        except CheckpointException as error:
+            raise OSError(f"checkpoint of step {step} could not be written: {_first_failure(error)}") from error
         if self.world.is_main:
             os.replace(self._partial(step), self.folder / f"{_PREFIX}{step:08d}")
             log.info("checkpoint of step %d is complete", step)

@@ -171,6 +171,16 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, "", World())
+    checkpoints.save(1, {"value": torch.zeros(3)}, {})
+    checkpoints.finish()
+    for other in ({"other": torch.zeros(3)}, {"value": torch.zeros(4)}):
+        with pytest.raises(ConfigError, match=r"step-00000001 .*(other|value).*train.logdir") as raised:
+            read_into(tmp_path / "step-00000001", other)
+        assert "\n" not in str(raised.value)
+
+
 def test_every_rank_skips_a_step_that_is_broken_on_one(inputs, tmp_path):
     argv = arguments(inputs, tmp_path, *stage_overrides(inputs, "ar_diffusion"), *batch_of(2), "train.max_steps=9",
                      "train.sharding=full", "train.checkpoint_every=1")  # fmt: skip
