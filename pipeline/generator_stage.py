@@ -14,7 +14,7 @@ from pipeline.rollout import Prompts, Rollout, prompt_noise
 from pipeline.samples import sample_prompts, write_samples
 from pipeline.stage import Stage, Weights
 from pipeline.stage_parts import TextConditioning, save_exported, swapped_in
-from utils.config import Config
+from utils.config import Config, TextPlacement
 
 
 class Generator(nn.Module):
@@ -42,6 +42,11 @@ class GeneratorStage(Stage):
     text: TextConditioning
     vae_folder: Path
     latent_shape: tuple[int, int, int]
+
+    def frozen_modules(self) -> list[nn.Module]:
+        sharded = self.config.train.text_placement == TextPlacement.sharded
+        encoder = self.text.encoder if sharded and not self.text.trainable else None
+        return super().frozen_modules() + ([] if encoder is None else [encoder])
 
     def compile(self) -> None:
         torch._dynamo.config.recompile_limit = 32  # a variant per clip length of the curriculum, not per block

@@ -70,7 +70,7 @@ def prepare_stage(stage: Stage, config: Config, world: World, device: torch.devi
     In mixed precision the time embedding is also kept out of autocast, sharded or not.
     """
     mesh = sharding_mesh(config, world, device)
-    for module in (*stage.modules.values(), *stage.targets.values(), *stage.frozen.values()):
+    for module in (*stage.modules.values(), *stage.targets.values(), *stage.frozen_modules()):
         for model in models_of(module):
             if config.train.mixed_precision == "bf16" and isinstance(model, WanTransformer3DModel):
                 _keep_out_of_autocast(model.condition_embedder.time_embedder, device.type)

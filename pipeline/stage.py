@@ -31,6 +31,10 @@ class Stage(ABC):
     targets: Mapping[str, nn.Module] = {}
     frozen: Mapping[str, nn.Module] = {}
 
+    def frozen_modules(self) -> list[nn.Module]:
+        """What is placed and sharded beside `modules` and `targets`."""
+        return list(self.frozen.values())
+
     def roles(self, step: int) -> tuple[str, ...]:
         """Roles that are updated at a step, in order."""
         return tuple(self.modules)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipeline.latents import write_latents
@@ -20,7 +21,7 @@ from pipeline.prompts import data_prompts, fixed_prompts
 from pipeline.sharding import plain_copy
 from utils.bundle import vae_shape_of
 from utils.checkpoint import cast_weights, content_hash
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, TextPlacement
 from utils.data import LatentClips, sprite_clips
 from utils.distributed import World
 from utils.shards import META
@@ -97,7 +98,7 @@ class TextConditioning:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"setting `train.text_from` is {folder}: no text encoder there ({reason})") from error
-        if not config.train.text_on_cpu:
+        if config.train.text_placement == TextPlacement.device:
             encoder = encoder.float().to(device)
         encoder = encoder.requires_grad_(False).eval()
         return cls(tokenizer, encoder, text_len, trainable=False, device=device, source=folder)
@@ -110,6 +111,8 @@ class TextConditioning:
         """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained."""
         if self.trainable:
             return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        if isinstance(self.encoder, FSDPModule):  # ranks must call it alike, so nothing is remembered
+            return self._run_encoder(prompts)
         found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
         for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
             found[prompt] = self._embed(prompt)
@@ -124,9 +127,14 @@ class TextConditioning:
         if self.stored is not None:
             embedding = self.stored[prompt].to(self.device, torch.float32)  # [length, text_dim]
             return nn.functional.pad(embedding, (0, 0, 0, self.text_len - len(embedding)))
+        return self._run_encoder([prompt])[0]
+
+    @torch.no_grad()
+    def _run_encoder(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]."""
         with torch.autocast(self.encoder.device.type, enabled=False):
-            embedding = encode_text(self.tokenizer, self.encoder, [prompt], self.text_len)[0]
-        return embedding.to(self.device, torch.float32)
+            embeddings = encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        return embeddings.to(self.device, torch.float32)
 
     def save(self, folder: Path) -> None:
         """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded."""

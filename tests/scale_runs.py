@@ -131,7 +131,7 @@ def start(ranks: int, target, *args) -> list[BaseProcess]:
     return processes
 
 
-def finish(processes: list[BaseProcess], timeout: float = 120.0) -> list[int | None]:
+def finish(processes: list[BaseProcess], timeout: float = 900.0) -> list[int | None]:
     """Exit codes, once all have ended."""
     for process in processes:
         process.join(timeout)

@@ -95,6 +95,12 @@ class Sharding(str, Enum):
     hybrid = "hybrid"  # groups of `shard_size` ranks share a copy each
 
 
+class TextPlacement(str, Enum):
+    device = "device"  # on every rank's device, in float32
+    cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in
+    sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
+
+
 class SamplerKind(str, Enum):
     few_step = "few_step"
     euler = "euler"
@@ -234,7 +240,7 @@ class TrainConfig:
     sample_long_frames: int = 0  # latent frames of a second, longer set of sample videos; 0: none
     init_from: str | None = None  # transformer folder a teacher or AR model starts from; null: `model`'s shape, random
     text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
-    text_on_cpu: bool = False  # a frozen text encoder stays on the CPU, in the dtype it is stored in
+    text_placement: TextPlacement = TextPlacement.device  # of a frozen text encoder
     shift: float = 5.0  # of the training noise schedule
     loss_weighting: LossWeighting = LossWeighting.bell
     prompt_dropout: float = 0.0  # share of captions replaced by the negative prompt
@@ -448,6 +454,8 @@ def validate(config: Config) -> None:
     require(train.batch_size > 0, "train.batch_size", train.batch_size, "must be positive")
     require(train.gradient_accumulation > 0, "train.gradient_accumulation", train.gradient_accumulation,
             "must be positive")  # fmt: skip
+    require(train.sharding != Sharding.none or train.text_placement != TextPlacement.sharded, "train.text_placement",
+            "sharded", "needs train.sharding=full or hybrid")  # fmt: skip
     require(train.shard_size is None or train.sharding == Sharding.hybrid, "train.shard_size", train.shard_size,
             f"only train.sharding=hybrid reads it, not {train.sharding.value}; unset it")  # fmt: skip
     require(train.sharding == Sharding.none or train.stage != Stage.vae, "train.sharding", train.sharding.value,
