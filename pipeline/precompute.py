@@ -32,7 +32,7 @@ def embed_prompts(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     there = replace(config, model=replace(config.model, bundle=source))
     tokenizer, encoder = load_text_encoder(there, device, dtype)
-    encoder_hash = content_hash(Path(source) / "text_encoder") if world.is_main else ""  # the first rank alone looks
+    encoder_hash = content_hash(Path(source) / "text_encoder") if world.is_main else ""
     text_len = transformer_settings(config)["text_len"]
     folder = Path(config.data.text_embeddings)
     write_embeddings(prompts, tokenizer, encoder, encoder_hash, folder, text_len, batch_size, world)

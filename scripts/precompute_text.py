@@ -1,9 +1,9 @@
 """Embed the prompts of a training run once, so that training needs no text encoder.
 
     python scripts/precompute_text.py --config_path configs/tiny/dmd.yaml data.text_embeddings=runs/text
-    torchrun --nproc_per_node=8 scripts/precompute_text.py --config_path configs/wan_dmd.yaml \\
+    python train.py --config_path configs/tiny/dmd.yaml data.text_embeddings=runs/text
+    torchrun --nproc_per_node=8 scripts/precompute_text.py --config_path configs/wan_base.yaml \\
         --prompts prompts/train.txt data.text_embeddings=data/text
-    python train.py --config_path configs/wan_dmd.yaml data.text_embeddings=data/text
 
 Embedded are the config's negative and sample prompts and, without --prompts, those of `data` (lines of a file, captions
 of latents or of the sprite world's clips); with it, the lines of that file. The encoder is that of `train.text_from`,

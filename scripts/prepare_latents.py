@@ -1,6 +1,6 @@
 """A folder of videos with captions -> latents to train on (`data.kind=latents`), and embeddings of the captions.
 
-    python scripts/prepare_latents.py --config_path configs/wan_ar_diffusion.yaml --videos ~/videos \\
+    python scripts/prepare_latents.py --config_path configs/wan_base.yaml --videos ~/videos \\
         data.path=data/latents data.vae=ckpt/Wan2.1-T2V-1.3B-Diffusers/vae data.clip_frames=81
     torchrun --nproc_per_node=8 scripts/prepare_latents.py ... --captions ~/videos/captions.csv \\
         data.text_embeddings=data/text train.text_from=ckpt/Wan2.1-T2V-1.3B-Diffusers

@@ -10,7 +10,8 @@ from tiny import write_bundle
 from pipeline import stage_parts
 from pipeline.stage_parts import TextConditioning
 from scripts.precompute_text import main
-from utils import text_embeddings
+from utils import shards, text_embeddings
+from utils.bundle import load_text_encoder
 from utils.config import ConfigError, load_config
 from utils.distributed import World
 from utils.text import encode_text
@@ -111,9 +112,10 @@ def test_a_stopped_run_goes_on_and_prompts_can_be_added(run, tmp_path, monkeypat
 def test_ranks_share_the_work(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(text_embeddings, "SHARD_PROMPTS", 1)
     monkeypatch.setattr(text_embeddings, "barrier", lambda world: None)
+    monkeypatch.setattr(shards, "from_main", lambda item, world: item)
     (tmp_path / "config.yaml").write_text(CONFIG)
     config = load_config(tmp_path / "config.yaml", [f"model.bundle={bundle}"])
-    tokenizer, encoder = text_embeddings_encoder(config)
+    tokenizer, encoder = load_text_encoder(config, CPU, torch.float32)
     listed = PROMPTS[:4]
     write_embeddings(listed, tokenizer, encoder, "hash", tmp_path / "text", TEXT_LEN, 1, World(0, 2))
     first = TextEmbeddings(tmp_path / "text")
@@ -128,12 +130,6 @@ def test_ranks_share_the_work(bundle, tmp_path, monkeypatch):
     assert torch.allclose(both[listed[1]].float(), expected, rtol=2**-8, atol=1e-4)
     with pytest.raises(ConfigError, match="another `encoder`"):
         write_embeddings(listed, tokenizer, encoder, "other", tmp_path / "text", TEXT_LEN, 1, World())
-
-
-def text_embeddings_encoder(config):
-    from utils.bundle import load_text_encoder
-
-    return load_text_encoder(config, CPU, torch.float32)
 
 
 def test_missing_prompts_show_before_training(run, tmp_path):

@@ -121,13 +121,12 @@ def write_embeddings(
     """Add what is missing of `prompts`, the ranks taking shards in turn.
 
     Args:
-        encoder_hash: of the encoder's weights; a folder holds embeddings of one encoder.
+        encoder_hash: of the encoder's weights; a folder holds embeddings of one encoder. The first rank's counts.
         batch_size: prompts encoded at once.
 
     Raises `ConfigError` where the folder was made with another encoder or length.
     """
     keep_to_plan(folder, plan_of(encoder_hash, text_len, encoder.config.d_model), world)
-    barrier(world)
     missing = TextEmbeddings(folder).missing(prompts)
     barrier(world)  # every rank has listed the same missing prompts before one is written
     shards = [missing[start : start + SHARD_PROMPTS] for start in range(0, len(missing), SHARD_PROMPTS)]
