@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.causal_wan import CausalWanModel, ChunkKV
+from model.causal_block import ChunkKV
+from model.causal_wan import CausalWanModel
 from model.chunk_context import ChunkContext
 from model.compressor import compressed_grid
 from model.geometry import ChunkGeometry

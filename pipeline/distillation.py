@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from diffusers import WanTransformer3DModel
 
@@ -62,11 +65,19 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
                device: torch.device) -> WanTransformer3DModel:  # fmt: skip
     """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32.
 
+    With `model.random_init` (benchmarks) it needs no weights: they are random, of the shape that a config.json in the
+    folder names, or without a folder of the student's.
+
     Raises `ConfigError`, naming setting `key`, where there is none or it does not fit.
     """
+    if config.model.random_init and path is None:
+        return prepare(_random_score(dict(student.config), config.seed), config, device)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     try:
-        model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        if config.model.random_init and not any(folder.glob("*.safetensors*")):
+            model = _random_score(WanTransformer3DModel.load_config(folder), config.seed)
+        else:
+            model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"setting `{key}` is {folder}: not a WanTransformer3DModel ({_first_line(error)})") from error
     if model.config.in_channels != student.config.in_channels:
@@ -76,6 +87,14 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
         )
     _check_text(model, text, key)
     return prepare(model, config, device)
+
+
+def _random_score(settings: dict[str, Any], seed: int) -> WanTransformer3DModel:
+    """Of `settings`, what a WanTransformer3DModel does not know is left out."""
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(**{key: value for key, value in settings.items() if key in known})
 
 
 def prepare(model, config: Config, device: torch.device):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.causal_wan import CausalWanModel, TextKV
+from model.causal_block import TextKV
+from model.causal_wan import CausalWanModel
 from model.chunk_context import ChunkContext
 from model.kv_cache import PackCache
 from model.schedule import FlowMatchSchedule

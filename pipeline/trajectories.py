@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model.causal_wan import CausalWanModel
@@ -26,10 +24,9 @@ from pipeline.prompt_data import PromptData
 from pipeline.rollout import Prompts, Rollout, prompt_noise
 from pipeline.stage_parts import TextConditioning
 from utils.config import Config, ConfigError, SamplerKind
-from utils.data import META
-from utils.distributed import World, barrier
+from utils.distributed import World
+from utils.shards import META, keep_to_plan, unfinished, write_json, write_tensors
 
-PLAN = "plan.json"
 _SAME_STEP = 0.01  # timesteps closer than this are the same one
 
 
@@ -124,20 +121,9 @@ def write_trajectories(
     """
     ode, folder = config.ode, Path(config.ode.path)
     plan = made_by(config, weights, data.prompts, config.video.trained_frames)
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / PLAN).is_file():
-            _write_json(folder / PLAN, plan)
-    barrier(world)
-    stored = json.loads((folder / PLAN).read_text())
-    if stored != plan:
-        changed = next(key for key in plan if stored.get(key) != plan[key])
-        raise ConfigError(f"setting `ode.path` is {folder}: its trajectories were made with another {changed}; remove "
-                          "the folder or name another one")  # fmt: skip
+    keep_to_plan(folder, plan, world)
     paths = [shard_path(folder, number) for number in range(-(-ode.num_trajectories // ode.shard_size))]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    barrier(world)  # every rank has listed the same missing shards before one is written
-    for number in tqdm(missing[world.rank :: world.size], unit="shard", disable=not world.is_main):
+    for number in tqdm(unfinished(paths, world), unit="shard", disable=not world.is_main):
         first = number * ode.shard_size
         samples = range(first, min(first + ode.shard_size, ode.num_trajectories))
         parts, prompts = [], [data.prompt(config.seed, index) for index in samples]
@@ -146,11 +132,9 @@ def write_trajectories(
             cache = PackCache.for_model(model, config.cache, *size, config.video.trained_frames)
             parts.append(sample_trajectories(config, model, cache, text, prompts[some], list(samples[some])))
         tensors = {key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}
-        partial = paths[number].with_suffix(".partial")
-        save_file(tensors, partial, metadata={"prompts": json.dumps(prompts)})
-        os.replace(partial, paths[number])
+        write_tensors(paths[number], tensors, {"prompts": json.dumps(prompts)})
     if all(path.is_file() for path in paths):  # the rank that ends last; no barrier, which would time out
-        _write_json(folder / META, plan)
+        write_json(folder / META, plan)
 
 
 class Trajectories:
@@ -196,9 +180,3 @@ class Trajectories:
         with safe_open(shard_path(self._folder, number), framework="pt") as shard:
             points, latents = (shard.get_slice(name)[row : row + 1][0].float() for name in ("points", "latents"))
             return points, latents, json.loads(shard.metadata()["prompts"])[row]
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)

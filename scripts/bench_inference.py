@@ -11,12 +11,10 @@ chunk time / floor time. Prints a table, then one line of JSON.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,36 +31,7 @@ from pipeline.inference import load_model, resolve_runtime  # noqa: E402
 from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
 from utils.bundle import vae_shape  # noqa: E402
 from utils.config import Config, ConfigError, SamplerKind, load_config  # noqa: E402
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class Stopwatch:
-    """Seconds per named part; a part inside another counts in both."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds = device, defaultdict(float)
-
-    @contextmanager
-    def part(self, name: str):
-        synchronise(self.device)
-        start = time.perf_counter()
-        yield
-        synchronise(self.device)
-        self.seconds[name] += time.perf_counter() - start
-
-    def wrap(self, owner: object, method: str, name: str) -> None:
-        """Time every call of `owner.method` as part `name`."""
-        original = getattr(owner, method)
-
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return original(*args, **kwargs)
-
-        setattr(owner, method, timed)
+from utils.timing import Stopwatch, device_name, peak_memory, synchronise  # noqa: E402
 
 
 @torch.no_grad()
@@ -148,13 +117,6 @@ def text_seconds(config: Config, device: torch.device) -> float | None:
     return time.perf_counter() - start
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or the resident size of this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
 def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     """Time `chunks` chunks with the cache full; see the module's docstring."""
     runtime = resolve_runtime(config)
@@ -163,7 +125,8 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     stride = 8 if config.model.bundle is None else vae_shape(config).spatial_stride
     height, width = config.video.height // stride, config.video.width // stride
     cache = PackCache.for_model(model, config.cache, height, width, config.video.trained_frames)
-    embeds = torch.randn(1, 8, model.config.text_dim, device=device, dtype=dtype)
+    words = min(8, model.config.text_len)
+    embeds = torch.randn(1, words, model.config.text_dim, device=device, dtype=dtype)
     prompts = Prompts(embeds, torch.zeros_like(embeds))
     rollout = Rollout(model, cache, config.sampler, prompts, prompt_noise(config.seed, ["bench"], [0]))
     fill(cache, rollout)
@@ -199,7 +162,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     chunk_seconds = statistics.median(chunk_times)
     half = len(chunk_times) // 2
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}",
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "chunks": chunks,
         "seconds_per_chunk": {"total": chunk_seconds, **seconds},

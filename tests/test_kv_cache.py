@@ -5,7 +5,7 @@ import torch
 from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
-from model.causal_wan import ChunkKV, LayerKV
+from model.causal_block import ChunkKV, LayerKV
 from model.geometry import ChunkGeometry
 from model.kv_cache import PackCache
 from utils.config import (

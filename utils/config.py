@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -343,7 +344,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise ConfigError(f"config file {path} does not exist")
     try:
         own = OmegaConf.load(path)
-    except Exception as error:  # yaml's and omegaconf's parse errors have no common parent
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(own, DictConfig):
         raise ConfigError(f"config {path}: expected a mapping of settings, found {type(own).__name__}")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils.config import ConfigError
-from utils.distributed import World, barrier
+from utils.distributed import World, barrier, from_main
 
 PLAN, META = "plan.json", "meta.json"
 
@@ -36,30 +36,32 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 def keep_to_plan(folder: Path, plan: dict[str, Any], world: World) -> None:
     """Create `folder` with this plan, or see that it was begun with the same one; `plan` must survive JSON.
 
-    Raises `ConfigError` naming the first key that differs. Only the first rank looks; call `unfinished` next, which
-    waits for it.
+    The first rank's plan counts. Raises `ConfigError` on all ranks, naming the first key that differs.
     """
-    if not world.is_main:
-        return
+    problem = from_main(_compare_plan(folder, plan) if world.is_main else None, world)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _compare_plan(folder: Path, plan: dict[str, Any]) -> str | None:
+    """What is wrong, if anything is."""
     path = folder / PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
             write_json(path, plan)
-            return
+            return None
     except OSError as error:
-        raise ConfigError(f"folder {folder}: cannot be written ({error.strerror})") from error
+        return f"folder {folder}: cannot be written ({error.strerror})"
     stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored != plan:
-        changed = next(key for key in (*plan, *stored) if stored.get(key) != plan.get(key))
-        raise ConfigError(
-            f"folder {folder} holds shards that were made with another `{changed}`: remove it or name another one"
-        )
+    if stored == plan:
+        return None
+    changed = next(key for key in (*plan, *stored) if stored.get(key) != plan.get(key))
+    return f"folder {folder} holds shards that were made with another `{changed}`: remove it or name another one"
 
 
 def unfinished(paths: Sequence[Path], world: World) -> list[int]:
     """Numbers of the shards that this rank has to write: of those that are not there, every `world.size`-th."""
-    barrier(world)  # the plan has been checked
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     barrier(world)  # every rank has listed the same missing shards before one is written
     return missing[world.rank :: world.size]

@@ -103,6 +103,11 @@ def encode_trimmed(
     return [row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)]
 
 
+def plan_of(encoder: str, text_len: int, text_dim: int) -> dict[str, Any]:
+    """What all embeddings of a folder have in common. `encoder`: hash of the weights."""
+    return {"encoder": encoder, "text_len": text_len, "text_dim": text_dim}
+
+
 def write_embeddings(
     prompts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -116,13 +121,12 @@ def write_embeddings(
     """Add what is missing of `prompts`, the ranks taking shards in turn.
 
     Args:
-        encoder_hash: of the encoder's weights; a folder holds embeddings of one encoder.
+        encoder_hash: of the encoder's weights; a folder holds embeddings of one encoder. The first rank's counts.
         batch_size: prompts encoded at once.
 
     Raises `ConfigError` where the folder was made with another encoder or length.
     """
-    keep_to_plan(folder, {"encoder": encoder_hash, "text_len": text_len, "text_dim": encoder.config.d_model}, world)
-    barrier(world)
+    keep_to_plan(folder, plan_of(encoder_hash, text_len, encoder.config.d_model), world)
     missing = TextEmbeddings(folder).missing(prompts)
     barrier(world)  # every rank has listed the same missing prompts before one is written
     shards = [missing[start : start + SHARD_PROMPTS] for start in range(0, len(missing), SHARD_PROMPTS)]
@@ -130,10 +134,15 @@ def write_embeddings(
         rows = []
         for start in range(0, len(shard), batch_size):
             rows += encode_trimmed(tokenizer, encoder, shard[start : start + batch_size], text_len)
-        tensors = {
-            "embeddings": torch.cat(rows).to("cpu", torch.bfloat16),
-            "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
-        }
-        listed = json.dumps(shard, ensure_ascii=False)
-        name = f"text-{hashlib.sha256(listed.encode()).hexdigest()[:16]}.safetensors"
-        write_tensors(folder / name, tensors, {"prompts": listed})
+        write_shard(folder, shard, rows)
+
+
+def write_shard(folder: Path, prompts: Sequence[str], rows: Sequence[torch.Tensor]) -> None:
+    """Add a shard to a folder that has its plan: the embedding [length, text_dim] of each prompt."""
+    tensors = {
+        "embeddings": torch.cat(list(rows)).to("cpu", torch.bfloat16),
+        "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
+    }
+    listed = json.dumps(list(prompts), ensure_ascii=False)
+    name = f"text-{hashlib.sha256(listed.encode()).hexdigest()[:16]}.safetensors"
+    write_tensors(folder / name, tensors, {"prompts": listed})

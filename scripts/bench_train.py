@@ -1,0 +1,251 @@
+"""Where the time and memory of a DMD step go.
+
+    python scripts/bench_train.py --config_path configs/tiny/dmd.yaml
+    python scripts/bench_train.py --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml \\
+        model.random_init=true
+    torchrun --nproc_per_node=8 scripts/bench_train.py --config_path ... model.random_init=true
+
+The trainer runs the stage as in training, nothing is saved. Every step updates critic and generator; what a step of the
+real run costs on average (the generator only every `dmd.critic_updates`-th time) is worked out. The denoising step at
+which rollouts stop, random in training, goes through all of them equally often: --repeats times each, after one step to
+warm up.
+
+With `model.random_init` no file is needed but the config: weights are random in the shape that the `model` section
+names, both scores likewise (or as `dmd.teacher`/config.json and `dmd.critic`/config.json say, where these exist), and
+random prompt embeddings stand for a text encoder. Prints a table, then one line of JSON.
+
+Tokens are those that go through the network in a part: chunks x (steps + commit) in the rollout; cond and uncond for
+the real score. Memory is the peak of GPU memory during the part, on a CPU that of the process.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.geometry import WAN_PATCH_SIZE  # noqa: E402
+from pipeline.dmd import DMDStage  # noqa: E402
+from pipeline.optimizer import RoleState  # noqa: E402
+from pipeline.prompts import fixed_prompts  # noqa: E402
+from pipeline.trainer import Trainer  # noqa: E402
+from utils.bundle import transformer_settings  # noqa: E402
+from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.config import Stage as StageName  # noqa: E402
+from utils.distributed import World, join_world, leave_world  # noqa: E402
+from utils.rng import keyed_randn  # noqa: E402
+from utils.shards import PLAN, write_json  # noqa: E402
+from utils.text_embeddings import plan_of, write_shard  # noqa: E402
+from utils.timing import Stopwatch, device_name, peak_memory  # noqa: E402
+
+USAGE_ERROR = 2
+ROLES = ("critic", "generator")
+# Parts of a role's update, in order; those after `loss` are not inside it.
+IN_LOSS = ("text", "rollout", "real_score", "fake_score")
+AFTER_LOSS = ("backward", "optimizer")
+FORWARDS = "rollout_forwards"  # inside the rollout
+
+
+def stand_ins(config: Config, folder: Path) -> Config:
+    """The config with what takes the place of every file it names: VAE, prompts and their embeddings, in `folder`."""
+    settings, data, dmd = transformer_settings(config), config.data, config.dmd
+    vae = {"z_dim": config.model.in_channels, "latents_mean": [0.0] * config.model.in_channels,
+           "latents_std": [1.0] * config.model.in_channels}  # fmt: skip
+    if dmd.max_rollout_frames not in (None, config.video.trained_frames):
+        AutoencoderKLWan(**vae).save_pretrained(folder / "vae")  # re-encodes the first frame of a window
+    else:
+        with init_empty_weights():
+            AutoencoderKLWan(**vae).save_config(folder / "vae")
+    prompts = [f"prompt {number}" for number in range(8)]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    (folder / "text").mkdir()
+    write_json(folder / "text" / PLAN, plan_of("random", settings["text_len"], settings["text_dim"]))
+    everything = list(dict.fromkeys(fixed_prompts(config) + prompts))
+    rows = [keyed_randn((settings["text_len"], settings["text_dim"]), prompt) for prompt in everything]
+    write_shard(folder / "text", everything, rows)
+    shapes = {
+        name: path if path is not None and (Path(path) / "config.json").is_file() else None
+        for name, path in (("teacher", dmd.teacher), ("critic", dmd.critic))
+    }
+    return replace(
+        config,
+        model=replace(config.model, bundle=None, checkpoint=None),
+        train=replace(config.train, text_from=None),
+        data=replace(data, kind="prompts", path=str(folder / "prompts.txt"), vae=str(folder / "vae"),
+                     text_embeddings=str(folder / "text")),
+        dmd=replace(dmd, **shapes),
+    )  # fmt: skip
+
+
+@dataclass
+class Recorder:
+    """In the tracker's place: what the stopwatch measured, step by step."""
+
+    watch: Stopwatch
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        watch = self.watch
+        self.steps.append({"all": values["seconds"], "seconds": dict(watch.seconds), "tokens": dict(watch.tokens),
+                           "peak": dict(watch.peak)})  # fmt: skip
+        watch.clear()
+
+
+def tokens_of(hidden_states: torch.Tensor, *_, **__) -> int:
+    """Tokens of latents [B, C, F, H, W]."""
+    batch, _, *size = hidden_states.shape
+    frames, height, width = (extent // patch for extent, patch in zip(size, WAN_PATCH_SIZE, strict=True))
+    return batch * frames * height * width
+
+
+def watch_stage(watch: Stopwatch, stage: DMDStage) -> None:
+    """Time the parts of both roles' updates under `ROLE/part`."""
+    watch.wrap(stage.text, "encode", "text")
+    watch.wrap(stage, "_generated", "rollout")
+    watch.wrap(stage.transformer, "forward", FORWARDS, tokens_of)
+    watch.wrap(stage.teacher, "forward", "real_score", tokens_of)
+    watch.wrap(stage.critic, "forward", "fake_score", tokens_of)
+    watch.wrap(torch.Tensor, "backward", "backward")
+    watch.wrap(RoleState, "update", "optimizer")
+    watch.wrap(stage, "loss", "loss")
+    timed_loss = stage.loss
+
+    def loss(role, batch, step):
+        watch.scope = f"{role}/"  # until the other role's loss
+        return timed_loss(role, batch, step)
+
+    stage.loss = loss
+
+
+def summary(steps: list[dict[str, Any]], role: str, clip_tokens: int) -> dict[str, dict[str, float | None]]:
+    """Means over steps of a role's parts: seconds, tokens per second (None: no network), peak bytes."""
+
+    def average(kind: str, part: str) -> float:
+        return mean(step[kind].get(f"{role}/{part}", 0) for step in steps)
+
+    tokens = {part: average("tokens", part) for part in IN_LOSS}
+    tokens |= {"rollout": average("tokens", FORWARDS), "backward": clip_tokens}
+    seconds = {part: average("seconds", part) for part in (*IN_LOSS, FORWARDS, "loss", *AFTER_LOSS)}
+    seconds["other"] = seconds["loss"] - sum(seconds[part] for part in IN_LOSS)
+    seconds["total"] = seconds.pop("loss") + sum(seconds[part] for part in AFTER_LOSS)
+    tokens |= {FORWARDS: tokens["rollout"], "total": clip_tokens}
+    return {
+        part: {
+            "seconds": value,
+            "tokens_per_s": tokens[part] / value if tokens.get(part) and value else None,
+            "peak_bytes": max((step["peak"].get(f"{role}/{part}", 0) for step in steps), default=0) or None,
+        }
+        for part, value in seconds.items()
+    }
+
+
+def bench(config: Config, repeats: int, device: torch.device, world: World, folder: Path) -> dict[str, Any]:
+    """Train for 1 + repeats x (number of sampler steps) steps; see the module's docstring."""
+    exits = len(config.sampler.steps)
+    updates = config.dmd.critic_updates
+    config = replace(
+        config,
+        # The EMA from the first step on: most of a run has it.
+        train=replace(config.train, stage=StageName.dmd, max_steps=1 + repeats * exits, ema_start_step=0, log_every=1,
+                      sample_every=0),
+        dmd=replace(config.dmd, critic_updates=1),
+    )  # fmt: skip
+    stage = DMDStage(config, device, world)
+    stage.exit_step = lambda role, step: (exits - 1 - step) % exits  # the longest to warm up
+    with Stopwatch(device, memory=True) as watch:
+        recorder = Recorder(watch)
+        watch_stage(watch, stage)
+        trainer = Trainer(config, stage, world, folder, recorder, device, save=False, visualize=False)
+        if config.train.compile:
+            stage.compile()
+        watch.clear()
+        trainer.run()
+    steps = recorder.steps[1:]
+    train, (_, height, width) = config.train, stage.latent_shape
+    clip = torch.empty(1, 1, config.video.trained_frames, height, width, device="meta")
+    samples = train.batch_size * train.gradient_accumulation
+    parts = {role: summary(steps, role, samples * tokens_of(clip)) for role in ROLES}
+    critic, generator = (parts[role]["total"]["seconds"] for role in ROLES)
+    outside = mean(step["all"] for step in steps) - critic - generator
+    step_seconds = critic + generator / updates + outside
+    return {
+        "device": device_name(device),
+        "ranks": world.size,
+        "mixed_precision": train.mixed_precision,
+        "samples_per_rank": samples,
+        "clip_tokens": tokens_of(clip),
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in
+                       (("generator", stage.transformer), ("critic", stage.critic), ("teacher", stage.teacher))},
+        "timed_steps": len(steps),
+        "critic_updates": updates,
+        "parts": parts,
+        "seconds_outside": outside,  # batch, gradient average and clip, logs
+        "seconds_per_step": step_seconds,
+        "tokens_per_s": samples * tokens_of(clip) * world.size / step_seconds,
+        "peak_bytes": max((max(step["peak"].values(), default=0) for step in steps), default=peak_memory(device)),
+    }  # fmt: skip
+
+
+def print_table(result: dict[str, Any]) -> None:
+    print()
+    print(f"{'part':<18}" + "".join(f"{role + ' s':>14}{'share':>8}{'tokens/s':>12}{'peak GB':>9}" for role in ROLES))
+    for part in (*IN_LOSS[:2], FORWARDS, *IN_LOSS[2:], "other", *AFTER_LOSS, "total"):
+        line = f"{part:<18}"
+        for role in ROLES:
+            row, total = result["parts"][role][part], result["parts"][role]["total"]["seconds"]
+            rate, peak = row["tokens_per_s"], row["peak_bytes"]
+            line += f"{row['seconds']:>14.4f}{row['seconds'] / total:>8.1%}"
+            line += f"{rate:>12.0f}" if rate else f"{'':>12}"
+            line += f"{peak / 1e9:>9.2f}" if peak else f"{'':>9}"
+        print(line)
+    print(
+        f"\n{result['device']}, {result['ranks']} ranks x {result['samples_per_rank']} clips of "
+        f"{result['clip_tokens']} tokens, {result['mixed_precision']}: {result['seconds_per_step']:.3f} s per step "
+        f"(generator every {result['critic_updates']}), {result['tokens_per_s']:.0f} tokens/s, "
+        f"peak {result['peak_bytes'] / 1e9:.2f} GB\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True)
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps per step of the sampler")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if arguments.repeats < 1:
+            raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
+        config = load_config(arguments.config_path, arguments.overrides)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        world = join_world(device)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if config.model.random_init:
+                    config = stand_ins(config, Path(folder))
+                result = bench(config, arguments.repeats, device, world, Path(folder) / "run")
+        finally:
+            leave_world(world)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    if world.is_main:
+        print_table(result)
+        print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

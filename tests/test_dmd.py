@@ -1,0 +1,406 @@
+"""The DMD stage against its formulas written out by hand, sample by sample."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from distill import CHANNELS, CHUNK, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings, write_world
+from test_chunk_context import sorted_tokens
+from toy import randn
+
+from model.chunk_context import ChunkContext
+from model.kv_cache import PackCache
+from pipeline.prompt_data import LatentReference
+from pipeline.rollout import Prompts, Rollout
+from pipeline.trainer import Trainer
+from utils.config import ConfigError, load_config
+from utils.distributed import World
+from utils.rng import keyed_generator, keyed_randn
+from utils.tracking import Tracker
+
+SEED, SHIFT, STEPS = 5, 3.0, [1000, 750, 500, 250]
+INDICES = [3, 8]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def stage(root):
+    return make_stage(root, "dmd")
+
+
+def sigma_of(u):
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def snapped(timestep):
+    """sigma of the table entry nearest to a timestep."""
+    return min((sigma_of(1 - i / 1000) for i in range(1000)), key=lambda sigma: abs(1000 * sigma - timestep))
+
+
+def drawn(role, step, index):
+    """Timestep and noise [1, C, F, H, W] at which the scores of a sample are asked."""
+    draw = keyed_generator(SEED, "score", role, step, index)
+    u = int(torch.randint(1000, (), generator=draw)) / 1000
+    noise = torch.randn((CHANNELS, FRAMES, *SIZE), generator=draw)
+    return min(max(1000 * sigma_of(u), 20.0), 980.0), noise[None]
+
+
+@torch.no_grad()
+def flow_of(model, noisy, timestep, stage, prompt):
+    return model(noisy, torch.tensor([timestep]), stage.text.encode([prompt])).sample
+
+
+def generator_gradient(stage, batch, step, x0):
+    """[(kl gradient [1, C, F, H, W], critic's and teacher's flow error)] of every sample."""
+    result = []
+    for place, (prompt, index) in enumerate(zip(batch["prompts"], batch["indices"], strict=True)):
+        own, (timestep, noise) = x0[place : place + 1].detach(), drawn("generator", step, index)
+        sigma = snapped(timestep)
+        noisy = (1 - sigma) * own + sigma * noise
+        fake = flow_of(stage.critic, noisy, timestep, stage, prompt)
+        cond = flow_of(stage.teacher, noisy, timestep, stage, prompt)
+        uncond = flow_of(stage.teacher, noisy, timestep, stage, "a green square")
+        fake_x0, cond_x0, uncond_x0 = (noisy - sigma * flow for flow in (fake, cond, uncond))
+        real_x0 = cond_x0 + 3.0 * (cond_x0 - uncond_x0)
+        gradient = (fake_x0 - real_x0) / (own - real_x0).abs().mean()
+        errors = [(flow - (noise - own)).square().mean().item() for flow in (fake, cond)]
+        result.append((gradient, *errors))
+    return result
+
+
+def generated(stage, batch, step, role="generator"):
+    return stage._generated(role, batch, step, stage.text.encode(batch["prompts"]))
+
+
+def test_generator_loss_and_its_gradient(stage):
+    step, batch = 7, stage.batch(7, INDICES)
+    loss, logs = stage.loss("generator", batch, step)
+    loss.backward()
+    found = gradients(stage.modules["generator"])
+    stage.modules["generator"].zero_grad()
+
+    x0 = generated(stage, batch, step).latents
+    assert x0.shape == (2, CHANNELS, FRAMES, *SIZE) and x0.requires_grad
+    by_hand = generator_gradient(stage, batch, step, x0)
+    gradient = torch.cat([g for g, _, _ in by_hand])
+    assert loss.item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-4)
+    (x0 * gradient).sum().div(x0.numel()).backward()
+    expected = gradients(stage.modules["generator"])
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5 * expected[name].abs().max().item(), rtol=1e-3)
+    critic, teacher = (sum(errors[i] for errors in by_hand) / 2 for i in (1, 2))
+    assert logs["critic_error"] == pytest.approx(critic, rel=1e-4)
+    assert logs["critic_lag"] == pytest.approx(critic / teacher, rel=1e-4)
+    assert logs["kl_gradient"] == pytest.approx(gradient.abs().mean().item(), rel=1e-4)
+
+
+def test_critic_loss(stage):
+    step, batch = 4, stage.batch(4, INDICES)
+    loss, logs = stage.loss("critic", batch, step)
+    x0 = generated(stage, batch, step, "critic").latents
+    assert not x0.requires_grad
+    errors = []
+    for place, (prompt, index) in enumerate(zip(batch["prompts"], INDICES, strict=True)):
+        own, (timestep, noise) = x0[place : place + 1], drawn("critic", step, index)
+        sigma = snapped(timestep)
+        noisy = (1 - sigma) * own + sigma * noise
+        errors.append((flow_of(stage.critic, noisy, timestep, stage, prompt) - (noise - own)).square().mean().item())
+    assert loss.item() == pytest.approx(sum(errors) / 2, rel=1e-4)
+
+
+def test_each_role_trains_its_own_weights(stage):
+    batch = stage.batch(0, INDICES)
+    stage.loss("generator", batch, 0)[0].backward()
+    found = gradients(stage.modules["generator"])
+    assert found.keys() == dict(stage.modules["generator"].named_parameters()).keys()
+    compressor = {name: g for name, g in found.items() if "pack_compressor" in name}
+    assert compressor and all(g.abs().max() > 0 for g in compressor.values())
+    assert not gradients(stage.critic) and not gradients(stage.teacher)
+    stage.modules["generator"].zero_grad()
+    stage.loss("critic", batch, 0)[0].backward()
+    assert gradients(stage.critic).keys() == dict(stage.critic.named_parameters()).keys()
+    assert not gradients(stage.modules["generator"]) and not gradients(stage.teacher)
+    assert stage.parts("generator") == {"compressor": stage.transformer.pack_compressor}
+
+
+def test_gradient_survives_bf16(root):
+    """Weights are cast for the steps without gradient first; the step with gradient must not reuse those casts."""
+    stage = make_stage(root, "dmd", "train.mixed_precision=bf16")
+    step = next(step for step in range(99) if stage.exit_step("generator", step) == 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = stage.loss("generator", stage.batch(step, INDICES), step)
+    loss.backward()
+    found = gradients(stage.modules["generator"])
+    assert found.keys() == dict(stage.modules["generator"].named_parameters()).keys()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in found.values())
+
+
+def test_score_timesteps(stage):
+    many = list(range(400))
+    x0 = torch.zeros(len(many), CHANNELS, 1, 2, 2)
+    timestep, noise, noisy = stage._score_input("critic", x0, {"indices": many}, 9)
+    assert timestep.shape == (400,) and timestep.min() >= 20 and timestep.max() <= 980
+    assert (timestep == 980).float().mean() < 0.1 and timestep.unique().numel() > 250
+    assert timestep.median() == pytest.approx(1000 * sigma_of(0.5), abs=60)
+    again = stage._score_input("critic", x0[:1], {"indices": [17]}, 9)
+    assert again[0] == timestep[17] and torch.equal(again[1][0], noise[17])
+    assert stage._score_input("generator", x0[:1], {"indices": [17]}, 9)[0] != timestep[17]
+
+
+def test_roles_and_their_settings(root):
+    stage = make_stage(root, "dmd", "dmd.critic_updates=5")
+    roles = [stage.roles(step) for step in range(20)]
+    assert all("critic" in due for due in roles)
+    assert sum("generator" in due for due in roles) == 4 and roles[4] == ("critic", "generator")
+    assert stage.optimizer("critic").lr == 2e-3 and stage.optimizer("generator") is None
+    assert stage.keeps_ema("generator") and not stage.keeps_ema("critic")
+    assert sum(p.numel() for p in stage.teacher.parameters()) > sum(p.numel() for p in stage.critic.parameters())
+
+
+# --- the rollout ---
+
+
+def test_every_chunk_stops_at_one_step_of_the_iteration(stage, monkeypatch):
+    asked, forward = [], type(stage.transformer).forward
+
+    def spy(self, hidden_states, timestep, *rest, **options):
+        asked.append((timestep.tolist(), torch.is_grad_enabled()))
+        return forward(self, hidden_states, timestep, *rest, **options)
+
+    monkeypatch.setattr(type(stage.transformer), "forward", spy)
+    timesteps = [1000 * sigma_of(step / 1000) for step in STEPS]
+    exits = set()
+    for step in range(6):
+        for role in ("generator", "critic"):
+            asked.clear()
+            exit_step = stage.exit_step(role, step)
+            exits.add(exit_step)
+            stage.loss(role, stage.batch(step, INDICES), step)
+            expected = [*timesteps[: exit_step + 1], 0.0] * (FRAMES // CHUNK)
+            assert [times[0] for times, _ in asked] == pytest.approx(expected)
+            assert all(times[0] == times[1] for times, _ in asked)  # every sample
+            trained = [place % (exit_step + 2) == exit_step and role == "generator" for place in range(len(asked))]
+            assert [with_gradient for _, with_gradient in asked] == trained
+    assert len(exits) >= 3
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_training_attends_what_inference_attends(root, monkeypatch, longer):
+    """Keys, values, positions and selection of every chunk, step and layer."""
+    stage = make_stage(root, "dmd", *(["dmd.max_rollout_frames=16"] if longer else []))
+    step = next(step for step in range(99) if stage.num_chunks("generator", step) == stage.max_chunks)
+    calls, extend = [], ChunkContext.extend
+
+    def spy(self, layer, selected, key, value, mid):
+        keys, values = extend(self, layer, selected, key, value, mid)
+        starts = self.history_starts(), self.mid_starts(selected).tolist()
+        calls.append((self.chunk, layer, selected.tolist(), starts, sorted_tokens(keys, values)))
+        return keys, values
+
+    monkeypatch.setattr(ChunkContext, "extend", spy)
+    batch, exit_step = stage.batch(step, INDICES), stage.exit_step("generator", step)
+    video = generated(stage, batch, step)
+    in_training, calls[:] = list(calls), []
+
+    config = load_config(root / "dmd.yaml", [f"sampler.steps={STEPS[: exit_step + 1]}"])
+    cache = PackCache.for_model(stage.transformer, config.cache, *SIZE, FRAMES)
+
+    def noise(chunk, denoising_step, shape):
+        keys = [(SEED, "rollout", "generator", step, index, chunk, denoising_step) for index in INDICES]
+        return torch.stack([keyed_randn(shape, *key) for key in keys])
+
+    prompts = Prompts(stage.text.encode(batch["prompts"]))
+    rollout = Rollout(stage.transformer, cache, config.sampler, prompts, noise)
+    expected = torch.cat([latents for _, latents in rollout.run(stage.max_chunks)], dim=2)
+    frames = FRAMES - CHUNK if longer else FRAMES
+    torch.testing.assert_close(video.latents[:, :, -frames:].detach(), expected[:, :, -frames:], atol=1e-4, rtol=1e-4)
+    assert len(in_training) == len(calls) == stage.max_chunks * (exit_step + 2) * 2
+    assert any(selected[0] for _, _, selected, _, _ in calls)
+    for (*where, tokens), (*wanted, wanted_tokens) in zip(in_training, calls, strict=True):
+        assert where == wanted
+        torch.testing.assert_close(tokens, wanted_tokens, atol=2e-4, rtol=1e-4)
+
+
+def test_longer_rollouts_train_their_last_window(root):
+    stage = make_stage(root, "dmd", "dmd.max_rollout_frames=16")
+    lengths = [stage.num_chunks("generator", step) for step in range(40)]
+    assert set(lengths) == {4, 5, 6, 7, 8}
+    step = lengths.index(7)
+    batch = stage.batch(step, INDICES)
+    made = generated(stage, batch, step)
+    assert made.latents.shape[2] == FRAMES and made.frozen_frames == CHUNK
+    assert made.rollout.cache.num_chunks == 7
+    gradient = torch.autograd.grad(made.latents[:, :, :CHUNK].sum(), stage.transformer.proj_out.weight,
+                                   allow_unused=True, retain_graph=True)[0]  # fmt: skip
+    assert gradient is None or gradient.abs().max() == 0
+    for chunk in range(1, 4):
+        part = made.latents[:, :, chunk * CHUNK : (chunk + 1) * CHUNK]
+        gradient = torch.autograd.grad(part.sum(), stage.transformer.proj_out.weight, retain_graph=True)[0]
+        assert gradient.abs().max() > 0
+
+    by_hand = torch.cat([g for g, _, _ in generator_gradient(stage, batch, step, made.latents)])
+    loss, _ = stage.loss("generator", batch, step)
+    assert loss.item() == pytest.approx(0.5 * by_hand[:, :, CHUNK:].square().mean().item(), rel=1e-4)
+
+
+def test_the_first_frame_of_a_later_window_is_an_image_latent(root):
+    stage = make_stage(root, "dmd", "dmd.max_rollout_frames=16")
+    video = randn(2, CHANNELS, 12, *SIZE, seed=4)
+    clip = stage._as_clip(video)
+    assert torch.equal(clip[:, :, 1:], video[:, :, -FRAMES + 1 :])
+    vae = stage.vae()
+    with torch.no_grad():  # the VAE's statistics are mean 0 and deviation 1 here
+        last = vae.decode(video[:, :, :5]).sample[:, :, -1:]
+        image = vae.encode(last).latent_dist.mode()
+    torch.testing.assert_close(clip[:, :, :1], image, atol=1e-4, rtol=1e-4)
+
+
+# --- the same numbers wherever and however often ---
+
+
+def test_a_samples_loss_does_not_depend_on_its_company(stage):
+    for role in ("generator", "critic"):
+        together, _ = stage.loss(role, stage.batch(2, INDICES), 2)
+        alone = [stage.loss(role, stage.batch(2, [index]), 2)[0].item() for index in INDICES]
+        assert together.item() == pytest.approx(sum(alone) / 2, rel=1e-5)
+        assert stage.loss(role, stage.batch(2, INDICES), 2)[0].item() == together.item()
+        assert abs(alone[0] - alone[1]) > 1e-4
+        assert stage.loss(role, stage.batch(3, INDICES), 3)[0].item() != pytest.approx(together.item(), rel=1e-3)
+
+
+def trained(root, logdir, *overrides):
+    """State of every role and what was logged after a run."""
+    config = settings(root, "dmd", overrides)
+    stage = make_stage(root, "dmd", *overrides)
+    logdir.mkdir(exist_ok=True)
+    tracker = Tracker(logdir, None, "test", {}, is_main=True)
+    trainer = Trainer(config, stage, World(), logdir, tracker, CPU, visualize=False)
+    trainer.run()
+    tracker.close()
+    return {role: dict(module.state_dict()) for role, module in stage.modules.items()}, trainer
+
+
+def assert_same(states, others, tolerance):
+    for role, state in states.items():
+        for name, value in state.items():
+            error = (value - others[role][name]).abs().max().item()
+            assert error <= tolerance * max(1.0, value.abs().max().item()), (role, name, error)
+
+
+def test_accumulation_is_a_larger_batch(root, tmp_path):
+    """At a learning rate that moves weights by more than 1e-3 in four steps, two of them the generator's."""
+    before = {role: dict(m.state_dict()) for role, m in make_stage(root, "dmd").modules.items()}
+    whole, trainer = trained(root, tmp_path / "whole")
+    split, _ = trained(root, tmp_path / "split", "train.batch_size=1", "train.gradient_accumulation=2")
+    assert_same(whole, split, 1e-5)
+    for role, state in whole.items():
+        moved = max((state[name] - before[role][name]).abs().max().item() for name in state)
+        assert moved > 1e-3, role
+    assert trainer.states["critic"].ema is None and trainer.states["generator"].ema is not None
+
+
+def test_a_resumed_run_is_the_same_run(root, tmp_path):
+    whole, _ = trained(root, tmp_path / "whole")
+    trained(root, tmp_path / "parts", "train.max_steps=3")
+    rest, _ = trained(root, tmp_path / "parts")
+    assert_same(whole, rest, 0.0)
+
+
+def test_what_is_logged(root, tmp_path):
+    trained(root, tmp_path / "run", "train.max_steps=2")
+    first, second = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    for key in ("loss", "grad_norm", "mid_tokens_attended", "exit_step", "latent_mean/00", "latent_std/03", "motion",
+                "latent_mean_worst", "latent_std_least", "latent_std_most", "motion_against_data", "lr"):  # fmt: skip
+        assert f"critic/{key}" in first, key
+        assert f"generator/{key}" in second, key
+    assert not any(key.startswith("generator/") for key in first)
+    for key in ("grad_norm_compressor", "update_norm_compressor", "critic_lag", "kl_gradient"):
+        assert second[f"generator/{key}"] > 0
+    assert second["generator/mid_tokens_attended"] == 2  # one chunk of 2 frames, a token each
+    assert second["generator/lr"] == 1e-3 and second["critic/lr"] == 2e-3
+
+
+def test_exported_bundle_generates(root, tmp_path):
+    stage = make_stage(root, "dmd")
+    stage.export(tmp_path / "bundle", None)
+    student = make_stage(root, "dmd", f"model.bundle={tmp_path}/bundle", f"train.text_from={tmp_path}/bundle",
+                         f"data.vae={tmp_path}/bundle/vae")  # fmt: skip
+    for name, value in student.transformer.state_dict().items():
+        torch.testing.assert_close(value, stage.transformer.state_dict()[name], atol=0, rtol=1e-2)  # bfloat16
+    scores = make_stage(root, "dmd", "train.sample_held_out=1", "train.sample_frames=4",
+                        "train.sample_long_frames=8").sample(0, tmp_path / "samples", None)  # fmt: skip
+    assert "present" in scores and "long/present" in scores
+    assert (tmp_path / "samples" / "000.mp4").is_file() and (tmp_path / "samples" / "long" / "000.mp4").is_file()
+
+
+# --- mistakes ---
+
+
+def test_a_cache_that_no_rollout_fills_is_refused(root):
+    with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one.*cache.top_k=0"):
+        make_stage(root, "dmd", "cache.sink=2")
+    make_stage(root, "dmd", "cache.sink=2", "dmd.max_rollout_frames=10")
+    make_stage(root, "dmd", "cache.sink=2", "cache.top_k=0")
+
+
+def test_a_memory_that_stays_inert_stops_the_run(root, monkeypatch):
+    stage = make_stage(root, "dmd")
+    monkeypatch.setattr(PackCache, "_age", lambda self: None)  # nothing ever reaches the archive
+    for role in ("critic", "generator"):
+        with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one"):
+            stage.loss(role, stage.batch(0, INDICES), 0)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["dmd.teacher=null"], "`dmd.teacher` is not set"),
+        (["dmd.teacher=/nowhere"], "`dmd.teacher` is /nowhere: there is no such folder"),
+        (["sampler.kind=euler"], "`sampler.kind` and `sampler.guidance` are euler"),
+        (["sampler.guidance=2"], "`sampler.kind` and `sampler.guidance` are few_step and 2"),
+        (["train.init_from=somewhere"], "`train.init_from` is somewhere: stage dmd starts from model.bundle"),
+        (["train.text_from=null"], "`train.text_from` is not set"),
+        (["video.trained_frames=9"], "`video.trained_frames` is 9: must be a multiple of video.frames_per_chunk=2"),
+        (["dmd.max_rollout_frames=6"], "`dmd.max_rollout_frames` is 6: must be null, or at least"),
+        (["data.kind=prompts", "data.path=null"], "`data.path` is not set: name a file with one prompt per line"),
+        (["dmd.min_timestep=990"], "`dmd.min_timestep` is 990"),
+        (["cache.unit=frames", "cache.sink=3"], "`cache.sink` is 3 frames"),
+    ],
+)
+def test_mistakes_are_named(root, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_stage(root, "dmd", *overrides)
+
+
+def test_scores_must_see_the_students_latents_and_prompts(root, tmp_path):
+    for change, message in (({"in_channels": 6}, "6 latent channels"), ({"text_dim": 8}, "embeddings 8 wide")):
+        WanTransformer3DModel(**{**SCORE, **change}, num_layers=1).save_pretrained(tmp_path / message)
+        with pytest.raises(ConfigError, match=message):
+            make_stage(root, "dmd", f"dmd.critic='{tmp_path / message}'")
+
+
+# --- what a rollout is held against ---
+
+
+def test_latent_reference():
+    clips = randn(64, 3, 9, 8, 8, seed=2)
+    still = LatentReference.of_clips(clips[:, :, :1].expand(-1, -1, 9, -1, -1))
+    assert still.motion == pytest.approx(0, abs=1e-6)
+    free = LatentReference.of_clips(clips * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1) + 0.5)
+    assert free.motion == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(free.std, torch.tensor([1.0, 2.0, 3.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(free.mean, torch.full((3,), 0.5), atol=0.05, rtol=0)
+    logs = LatentReference.of_vae(3).compare(clips * 2 + torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1, 1))
+    assert logs["latent_mean/02"] == pytest.approx(1, abs=0.1) and logs["latent_mean_worst"] == logs["latent_mean/02"]
+    assert logs["latent_std_least"] == pytest.approx(2, abs=0.1) and logs["motion"] == pytest.approx(1, abs=0.05)
+    assert "motion_against_data" not in logs
+    collapsed = free.compare(torch.zeros(1, 3, 9, 8, 8))
+    assert all(math.isfinite(value) for value in collapsed.values())
+    assert collapsed["latent_std_most"] == 0 and collapsed["motion"] == 0

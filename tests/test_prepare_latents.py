@@ -1,0 +1,309 @@
+"""A folder of videos becomes latents that a stage trains on; what is broken is named and left out."""
+
+import json
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from tiny import vae as tiny_vae
+from tiny import write_bundle
+
+from pipeline import video_latents
+from pipeline.diffusion import ARDiffusionStage
+from pipeline.stage_parts import LatentData
+from pipeline.video_latents import encode_video, write_video_latents
+from scripts.prepare_latents import main
+from utils import shards
+from utils.config import ConfigError, load_config
+from utils.data import LatentClips
+from utils.distributed import World
+from utils.shards import write_tensors
+from utils.sprite_world import render, sample_spec
+from utils.video import VideoWriter
+from utils.video_folder import fit, list_videos, nearest_frames, read_clip
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 32, 48
+CAPTION = "a red circle bounces over a blue plain"
+
+CONFIG = f"""
+video: {{height: {HEIGHT}, width: {WIDTH}, fps: 8, frames_per_chunk: 1, trained_frames: 2}}
+model: {{num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 16, text_dim: 16, text_len: 12,
+        freq_dim: 8}}
+sampler: {{kind: euler, num_steps: 2}}
+train: {{stage: ar_diffusion, mixed_precision: "no", gradient_checkpointing: false}}
+data: {{kind: latents, clip_frames: 5, shard_size: 2, workers: 0}}
+"""
+
+
+def write_video(path, frames, fps=8):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
+        writer.append(frames)
+
+
+def clip(index, frames=8, height=HEIGHT, width=WIDTH):
+    return render(sample_spec(0, index), frames, height, width)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Five usable videos, one in a folder of its own, and one each: broken, too short, without caption."""
+    folder = tmp_path_factory.mktemp("videos")
+    for index, name in enumerate(["a", "b", "c", "deep/d", "e"]):
+        write_video(folder / f"{name}.mp4", clip(index))
+        (folder / f"{name}.txt").write_text(f"{CAPTION} {index}\n")
+    (folder / "broken.mp4").write_text("no video")
+    (folder / "broken.txt").write_text(CAPTION)
+    write_video(folder / "short.mp4", clip(5, frames=4))
+    (folder / "short.txt").write_text(CAPTION)
+    write_video(folder / "silent.mp4", clip(6))
+    return folder
+
+
+@pytest.fixture
+def prepared(videos, bundle, tmp_path):
+    """run(*arguments) calls the script; the latents are in `tmp_path/latents/clips`."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+
+    def run(*arguments):
+        return main([
+            f"--config_path={tmp_path / 'config.yaml'}", f"data.path={tmp_path / 'latents'}",
+            f"data.vae={bundle / 'vae'}", f"train.text_from={bundle}", *map(str, arguments),
+        ])  # fmt: skip
+
+    return run
+
+
+# Reading videos
+
+
+def times(fps, count, offset=0.0):
+    return [(offset + k / fps, k) for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (times(8, 6), [0, 1, 2, 3, 4]),
+        (times(16, 12), [0, 2, 4, 6, 8]),
+        (times(24, 13), [0, 3, 6, 9, 12]),
+        (times(4, 3), [0, 0, 1, 1, 2]),  # nearest, ties to the earlier
+        (times(8, 5, offset=0.01), [0, 1, 2, 3, 4]),
+        ([(0.0, 0), (0.3, 1), (0.35, 2), (0.5, 3)], [0, 0, 1, 2, 3]),  # variable rate
+        (times(8, 3), [0, 1, 2]),
+    ],
+    ids=["same", "twice", "triple", "half", "offset", "variable", "ends early"],
+)
+def test_frames_are_the_nearest_in_time(source, expected):
+    assert list(nearest_frames(iter(source), 5, 8)) == expected
+
+
+def test_a_clip_is_scaled_to_cover_and_cropped_in_the_middle(tmp_path):
+    frames = np.zeros((6, 64, 160, 3), np.uint8)
+    frames[:, :, :56], frames[:, :, 56:104], frames[:, :, 104:] = (200, 20, 20), (20, 200, 20), (20, 20, 200)
+    write_video(tmp_path / "wide.mp4", frames)
+    read = read_clip(tmp_path / "wide.mp4", 5, 8, 32, 24)  # the green middle
+    assert read.shape == (5, 32, 24, 3) and read.dtype == np.uint8
+    assert np.abs(read[:, :, 4:-4].astype(int) - (20, 200, 20)).max() < 12
+    tall = read_clip(tmp_path / "wide.mp4", 5, 8, 16, 80)  # width decides: all three colours, rows cut
+    assert tall[0, 8, 4, 0] > 150 and tall[0, 8, 40, 1] > 150 and tall[0, 8, 75, 2] > 150
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(0, (0, 0)), (90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
+def test_a_phones_video_is_turned_upright(rotation, corner):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :16] = 255  # top left
+    stored = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    frame = SimpleNamespace(rotation=rotation, height=32, width=48, reformat=stored.reformat)
+    upright = fit(frame, *((48, 32) if rotation in (90, -90) else (32, 48)))
+    assert upright[corner].min() > 250
+    assert sum(int(upright[y, x].min() > 250) for y in (0, -1) for x in (0, -1)) == 1
+
+
+def test_a_clip_starts_where_it_should(tmp_path):
+    levels = np.arange(20) * 12
+    write_video(tmp_path / "steps.mp4", np.broadcast_to(levels[:, None, None, None], (20, 32, 48, 3)).astype(np.uint8))
+    read = read_clip(tmp_path / "steps.mp4", 5, 8, 32, 48, start=1.25)
+    assert np.abs(read.mean((1, 2, 3)) - levels[10:15]).max() < 4
+    halved = read_clip(tmp_path / "steps.mp4", 5, 4, 32, 48, start=0.5)
+    assert np.abs(halved.mean((1, 2, 3)) - levels[4:14:2]).max() < 4
+    with pytest.raises(ValueError, match="too short: 2 of 5"):
+        read_clip(tmp_path / "steps.mp4", 5, 8, 32, 48, start=2.25)
+
+
+# Captions
+
+
+def test_captions_from_csv_and_jsonl(tmp_path):
+    (tmp_path / "captions.csv").write_text('path,text,start\na.mp4,"one, two",\nb.mp4,three,1.5\n')
+    rows = [{"video": "a.mp4", "caption": "one, two"}, {"file_name": "b.mp4", "prompt": "three", "start": 1.5}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    read = [list_videos(tmp_path, tmp_path / f"captions.{kind}") for kind in ("csv", "jsonl")]
+    assert read[0] == read[1]
+    assert [(clip.name, clip.caption, clip.start) for clip in read[0]] == [
+        ("a.mp4", "one, two", 0.0), ("b.mp4", "three", 1.5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", "clip,caption\na.mp4,x\n", "line 2: no column video or path or file_name; there are clip, caption"),
+        ("c.csv", "video,caption,start\na.mp4,x,soon\n", "line 2: start is 'soon'"),
+        ("c.jsonl", '{"video": "a.mp4", "caption": "x"}\n{"video": ', "not readable"),
+        ("c.jsonl", '["a.mp4"]', "line 1: expected an object"),
+        ("c.csv", "video,caption\n", "no videos there"),
+        ("c.xls", "", "expected a .csv or .jsonl"),
+    ],
+)
+def test_bad_captions(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        list_videos(tmp_path, tmp_path / name)
+
+
+# The whole
+
+
+def test_a_folder_of_videos_becomes_training_data(prepared, videos, bundle, tmp_path, capsys):
+    assert prepared(f"--videos={videos}", f"data.text_embeddings={tmp_path / 'text'}") == 0
+    clips = LatentClips(tmp_path / "latents" / "clips")
+    assert clips.captions == [f"{CAPTION} {i}" for i in (0, 1, 2, 3, 4)]
+    assert clips.shape == (4, 2, 4, 6)
+    vae = tiny_vae().from_pretrained(bundle / "vae").eval()
+    direct = encode_video(vae, torch.from_numpy(read_clip(videos / "deep" / "d.mp4", 5, 8, HEIGHT, WIDTH)))
+    assert torch.equal(clips[3], direct) and direct.std() > 0.01
+
+    capsys.readouterr()
+    assert prepared("--check", f"data.text_embeddings={tmp_path / 'text'}") == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert (found["videos"], found["clips"], found["shape"]) == (8, 5, [4, 2, 4, 6]) and not found["problems"]
+    assert found["skipped"].keys() == {"broken.mp4", "short.mp4", "silent.mp4"}
+    assert found["skipped"]["short.mp4"].startswith("too short: 4 of 5")
+    assert found["skipped"]["silent.mp4"] == "no caption" and "not a readable" in found["skipped"]["broken.mp4"]
+    assert found["captions"]["words_max"] == 9 and found["text"]["missing"] == 0
+    stacked = torch.stack(list(clips)).double()
+    assert found["mean"] == pytest.approx(stacked.mean((0, 2, 3, 4)).tolist(), abs=1e-6)
+    assert found["std"] == pytest.approx(stacked.std((0, 2, 3, 4), correction=0).tolist(), abs=1e-6)
+
+    options = [f"data.path={tmp_path / 'latents'}", f"data.vae={bundle / 'vae'}"]
+    config = load_config(tmp_path / "config.yaml", [*options, f"data.text_embeddings={tmp_path / 'text'}"])
+    stage = ARDiffusionStage(config, CPU, World())
+    batch = stage.batch(0, [0, 1])
+    loss, _ = stage.loss("generator", batch, 0)
+    loss.backward()
+    assert loss.isfinite() and stage.transformer.proj_out.weight.grad.abs().max() > 0
+    assert all(any(torch.equal(sample.half(), clips[i]) for i in range(5)) for sample in batch["latents"])
+
+
+def test_ranks_share_the_work_and_a_killed_run_goes_on(videos, bundle, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    config = load_config(tmp_path / "config.yaml")
+    listed, vae = list_videos(videos, None), tiny_vae().from_pretrained(bundle / "vae").eval()
+    write_video_latents(config, listed, videos, vae, "hash", tmp_path / "alone", World())
+    monkeypatch.setattr(shards, "barrier", lambda world: None)  # one rank after the other, in this process
+    monkeypatch.setattr(shards, "from_main", lambda item, world: item)
+    both = tmp_path / "both"
+    write_video_latents(config, listed, videos, vae, "hash", both, World(0, 2))
+    assert sorted(path.stem for path in both.glob("*.safetensors")) == ["clips-00000", "clips-00002"]
+    with pytest.raises(ConfigError, match="no meta.json"):
+        LatentClips(both)
+
+    encoded, limit = [], 0
+    original = encode_video
+
+    def dies(vae, frames):
+        if len(encoded) == limit:
+            raise KeyboardInterrupt
+        encoded.append(frames)
+        return original(vae, frames)
+
+    monkeypatch.setattr(video_latents, "encode_video", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_video_latents(config, listed, videos, vae, "hash", both, World())  # a rank fewer
+    limit, stamp = 10, (both / "clips-00000.safetensors").stat().st_mtime_ns
+    encoded.clear()
+    write_video_latents(config, listed, videos, vae, "hash", both, World())
+    assert stamp == (both / "clips-00000.safetensors").stat().st_mtime_ns and 0 < len(encoded) < 5
+    alone, again = LatentClips(tmp_path / "alone"), LatentClips(both)
+    assert again.captions == alone.captions and all(map(torch.equal, again, alone))
+    assert not list(both.glob("*.partial"))
+    with pytest.raises(ConfigError, match="another `vae`"):
+        write_video_latents(config, listed, videos, vae, "other", both, World())
+
+
+def test_decoding_in_other_processes_gives_the_same(videos, bundle, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    vae, listed = tiny_vae().from_pretrained(bundle / "vae").eval(), list_videos(videos, None)
+    for workers in (0, 2):
+        config = load_config(tmp_path / "config.yaml", [f"data.workers={workers}"])
+        write_video_latents(config, listed, videos, vae, "hash", tmp_path / str(workers), World())
+    one, two = (LatentClips(tmp_path / str(workers)) for workers in (0, 2))
+    assert one.captions == two.captions and all(map(torch.equal, one, two))
+
+
+def test_check_names_what_is_wrong(prepared, videos, tmp_path, capsys):
+    assert prepared("--check") == 2
+    assert "has written nothing" in capsys.readouterr().err
+    assert prepared(f"--videos={videos}") == 0
+    folder = tmp_path / "latents" / "clips"
+    spoilt = torch.stack(list(LatentClips(folder))[:2])
+    spoilt[1, 0, 0, 0, 0] = float("nan")
+    write_tensors(folder / "clips-00000.safetensors", {"latents": spoilt})
+    (folder / "clips-00002.safetensors").unlink()
+    (folder / "clips-00003.safetensors").write_bytes(b"no shard")
+    capsys.readouterr()
+    assert prepared("--check") == 1
+    problems = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
+    assert any("b.mp4 has NaN" in problem for problem in problems)
+    assert "clips-00002.safetensors is missing" in problems
+    assert any(problem.startswith("clips-00003.safetensors: not readable") for problem in problems)
+    assert len(problems) == 3
+
+
+def test_a_shard_without_a_usable_video_is_no_obstacle(videos, bundle, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    config = load_config(tmp_path / "config.yaml", ["data.shard_size=1"])
+    vae, listed = tiny_vae().from_pretrained(bundle / "vae").eval(), list_videos(videos, None)
+    usable = [clip for clip in listed if clip.name == "a.mp4"]
+    broken = [clip for clip in listed if clip.name == "broken.mp4"]
+    write_video_latents(config, broken + usable + broken, videos, vae, "hash", tmp_path / "some", World())
+    clips = LatentClips(tmp_path / "some")
+    assert len(clips) == 1 and clips.captions == [f"{CAPTION} 0"] and clips[0].shape == clips.shape
+    with pytest.raises(IndexError):
+        clips[1]
+    write_video_latents(config, broken, videos, vae, "hash", tmp_path / "none", World())
+    with pytest.raises(ConfigError, match="holds no clips"):
+        LatentClips(tmp_path / "none")
+
+
+def test_latents_of_another_vae_or_size_are_refused(prepared, videos, bundle, tmp_path):
+    assert prepared(f"--videos={videos}") == 0
+    options = [f"data.path={tmp_path / 'latents'}"]
+    other = write_bundle(tmp_path / "other", seed=1) / "vae"
+    config = load_config(tmp_path / "config.yaml", [*options, f"data.vae={other}"])
+    with pytest.raises(ConfigError, match="of another VAE"):
+        LatentData.load(config, CPU, World())
+    config = load_config(tmp_path / "config.yaml", [*options, f"data.vae={bundle / 'vae'}", "video.width=64"])
+    with pytest.raises(ConfigError, match="of 32x48 videos"):
+        LatentData.load(config, CPU, World())
+
+
+def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):
+    for arguments, message in (
+        ([], "give --videos"),
+        ([f"--videos={tmp_path / 'nowhere'}"], "nowhere does not exist"),
+        ([f"--videos={videos}", f"data.vae={videos}"], "no AutoencoderKLWan there"),
+        ([f"--videos={videos}", "data.text_embeddings=x", "train.text_from=null"], "`train.text_from` is not set"),
+    ):
+        assert prepared(*arguments) == 2
+        assert message in capsys.readouterr().err

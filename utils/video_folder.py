@@ -1,0 +1,167 @@
+"""A folder of captioned videos, and clips of them at one size and frame rate."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+
+from utils.config import ConfigError
+
+SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
+# Names that a column or key may have, in captions.csv and captions.jsonl alike.
+COLUMNS = {"video": ("video", "path", "file_name"), "caption": ("caption", "text", "prompt"), "start": ("start",)}
+
+
+@dataclass(frozen=True)
+class CaptionedVideo:
+    """One clip: video `name` in the folder from `start` seconds on. The caption is "" where there is none."""
+
+    name: str
+    caption: str
+    start: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} from {self.start:g} s" if self.start else self.name
+
+
+def list_videos(folder: str | Path, captions: str | Path | None) -> list[CaptionedVideo]:
+    """The clips to make, in order.
+
+    Args:
+        captions: .csv (with a header) or .jsonl; a row is a clip, with the keys of `COLUMNS`: video (relative to
+            `folder`), caption and, if it does not begin at 0, start in seconds. None: every video below `folder`, with
+            its caption in the .txt file of the same name beside it.
+
+    Raises `ConfigError` for what is not there or not readable, naming the line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"folder of videos {folder} does not exist")
+    if captions is None:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = [CaptionedVideo(str(path.relative_to(folder)), _sidecar(path)) for path in paths]
+    else:
+        found = [_clip(row, where) for row, where in _rows(Path(captions))]
+    if not found:
+        raise ConfigError(f"{captions or folder}: no videos there ({', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def _sidecar(video: Path) -> str:
+    path = video.with_suffix(".txt")
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"caption {path}: not UTF-8 text ({error})") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, where it stands)."""
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"captions {path}: expected a .csv or .jsonl file")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield row, f"{path}, line {reader.line_num}"
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield json.loads(line), f"{path}, line {number}"
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise ConfigError(f"captions {path}: not readable ({error})") from error
+
+
+def _clip(row: dict[str, Any], where: str) -> CaptionedVideo:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: expected an object with video and caption, found {type(row).__name__}")
+    values = {}
+    for column, names in COLUMNS.items():
+        present = [name for name in names if name in row]
+        if not present and column != "start":
+            have = ", ".join(map(str, row))
+            raise ConfigError(f"{where}: no column {' or '.join(names)}; there are {have}")
+        values[column] = row[present[0]] if present else None
+    try:
+        start = float(values["start"] or 0.0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: start is {values['start']!r}, expected seconds") from error
+    return CaptionedVideo(str(values["video"] or ""), " ".join(str(values["caption"] or "").split()), start)
+
+
+def read_clip(path: str | Path, count: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+    """`count` frames at `fps` from `start` seconds on, scaled to cover height x width and cropped around the middle.
+
+    Frame k is the one nearest in time to start + k / fps, so a slower video repeats frames and a faster one drops some.
+
+    Returns:
+        uint8 [count, height, width, 3].
+
+    Raises ValueError, with a reason, for a file that is no video, is broken or too short.
+    """
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if start:
+                first = stream.start_time or 0
+                container.seek(first + int(start / stream.time_base), stream=stream)  # to a keyframe at or before it
+            for frame in nearest_frames(_timed(container, stream, start), count, fps):
+                frames.append(fit(frame, height, width))
+    except (FFmpegError, IndexError, OSError) as error:
+        raise ValueError(f"not a readable video ({error})") from error
+    if len(frames) < count:
+        raise ValueError(f"too short: {len(frames)} of {count} frames at {fps:g} frames per second")
+    return np.stack(frames)
+
+
+def _timed(container: av.container.InputContainer, stream: av.VideoStream, start: float):
+    """(seconds after `start`, frame) of what is left of a video."""
+    for index, frame in enumerate(container.decode(stream)):
+        if frame.pts is None:  # a raw stream: frames are as far apart as it says
+            yield index / float(stream.average_rate or stream.guessed_rate) - start, frame
+        else:
+            yield float((frame.pts - (stream.start_time or 0)) * frame.time_base) - start, frame
+
+
+def nearest_frames(timed: Iterable[tuple[float, Any]], count: int, fps: float) -> Iterator[Any]:
+    """The frames nearest in time to 0, 1/fps, ... (count-1)/fps, as long as there are any.
+
+    Args:
+        timed: (seconds, frame), in order. The last one is on show for as long as the one before.
+    """
+    wanted, last, shown = 0, None, 1 / fps
+    for seconds, frame in timed:
+        if last is not None:
+            while wanted < count and 2 * wanted / fps <= last[0] + seconds:
+                yield last[1]
+                wanted += 1
+            shown = seconds - last[0]
+        if wanted == count:
+            return
+        last = seconds, frame
+    while last is not None and wanted < count and wanted / fps <= last[0] + shown / 2:
+        yield last[1]
+        wanted += 1
+
+
+def fit(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """A frame, upright, scaled to cover height x width and cropped around the middle: uint8 [height, width, 3]."""
+    quarters = round(frame.rotation / 90)  # counterclockwise, as a phone notes it
+    across, down = (frame.height, frame.width) if quarters % 2 else (frame.width, frame.height)
+    scale = max(height / down, width / across)
+    across, down = max(width, round(across * scale)), max(height, round(down * scale))
+    size = {"width": down, "height": across} if quarters % 2 else {"width": across, "height": down}
+    pixels = frame.reformat(**size, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    pixels = np.rot90(pixels, quarters)  # [down, across, 3]
+    top, left = (down - height) // 2, (across - width) // 2
+    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
