@@ -75,15 +75,6 @@ def from_main(item: object, world: World) -> object:
     return items[0]
 
 
-def from_main(item: object, world: World) -> object:
-    """The first rank's `item`, on every rank."""
-    if world.size == 1:
-        return item
-    items = [item]
-    dist.broadcast_object_list(items)
-    return items[0]
-
-
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
