@@ -121,7 +121,8 @@ def trained_models(config: Config) -> list[nn.Module]:
         if config.train.init_from is not None:
             folder = need_folder(config.train.init_from, "train.init_from", "a transformer")
             return [WanTransformer3DModel.from_config(read_json(folder / "config.json"))]
-        settings = transformer_settings(config)
+        channels = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")).channels
+        settings = transformer_settings(config) | {"in_channels": channels, "out_channels": channels}
         if stage == StageName.teacher:
             settings = {name: settings[name] for name in settings if name in WAN_SETTINGS}
             return [WanTransformer3DModel(**settings)]

@@ -35,7 +35,8 @@ LATENT = (4, FRAMES, tiny.HEIGHT // 8, tiny.WIDTH // 8)  # [C, F, H, W]
 def write_inputs(folder: Path) -> None:
     """A tiny bundle with random latents and the config all toy runs share."""
     tiny.write_bundle(folder / "bundle")
-    _write_teacher(folder / "teacher")
+    _write_score(folder / "teacher", seed=1)
+    _write_score(folder / "critic", seed=2)  # unlike the teacher, or their difference is all rounding
     clips = folder / "latents" / "clips"
     clips.mkdir(parents=True)
     latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
@@ -81,12 +82,12 @@ def write_inputs(folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
 
 
-def _write_teacher(folder: Path) -> None:
+def _write_score(folder: Path, seed: int) -> None:
     student = tiny.transformer()
     known = inspect.signature(WanTransformer3DModel.__init__).parameters
     shape = {key: value for key, value in student.config.items() if key in known}
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         WanTransformer3DModel(**shape).save_pretrained(folder)
 
 
@@ -101,6 +102,7 @@ def stage_overrides(folder: Path, stage: str) -> list[str]:
             *bundle,
             "video.trained_frames=8",  # four chunks: the last attends a compressed one
             f"dmd.teacher={folder / 'teacher'}",
+            f"dmd.critic={folder / 'critic'}",
             "dmd.critic_updates=2",
             "dmd.critic_optimizer.lr=5e-4",
             "train.optimizer.lr=1.5e-3",  # two updates only
