@@ -8,7 +8,7 @@
 The trainer runs the stage as in training, nothing is saved. Every step updates critic and generator; what a step of the
 real run costs on average (the generator only every `dmd.critic_updates`-th time) is worked out. The denoising step at
 which rollouts stop, random in training, goes through all of them equally often: --repeats times each, after one step to
-warm up.
+warm up. Where `dmd.max_rollout_frames` allows for longer rollouts, all have that length.
 
 With `model.random_init` no file is needed but the config: weights are random in the shape that the `model` section
 names, both scores likewise (or as `dmd.teacher`/config.json and `dmd.critic`/config.json say, where these exist), and
@@ -162,6 +162,7 @@ def bench(config: Config, repeats: int, device: torch.device, world: World, fold
     )  # fmt: skip
     stage = DMDStage(config, device, world)
     stage.exit_step = lambda role, step: (exits - 1 - step) % exits  # the longest to warm up
+    stage.num_chunks = lambda role, step: stage.max_chunks
     with Stopwatch(device, memory=True) as watch:
         recorder = Recorder(watch)
         watch_stage(watch, stage)

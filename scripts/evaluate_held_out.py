@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.kv_cache import PackCache  # noqa: E402
-from pipeline.inference import Generator, resolve_runtime  # noqa: E402
+from pipeline.inference import Generator, make_cache, resolve_runtime  # noqa: E402
 from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
 from pipeline.streaming_vae import StreamingDecoder  # noqa: E402
 from scripts.evaluate import print_table, summarise  # noqa: E402
@@ -40,9 +39,8 @@ from utils.video import VideoWriter, to_uint8  # noqa: E402
 def generate(generator: Generator, prompts: list[str], num_chunks: int) -> list[np.ndarray]:
     """One video per prompt, as one batch: uint8 [F, H, W, 3] each."""
     config, device = generator.config, generator.runtime.device
-    stride, text_len = generator.vae_shape.spatial_stride, generator.model.config.text_len
-    size = config.video.height // stride, config.video.width // stride
-    cache = PackCache.for_model(generator.model, config.cache, *size, config.video.trained_frames)
+    text_len, cache = generator.model.config.text_len, generator.cache
+    cache.reset()
     embeds = [generator.embeddings[prompt] for prompt in prompts]  # [1, n, text_dim] each
     padded = torch.cat([F.pad(x, (0, 0, 0, text_len - x.shape[1])) for x in embeds]).to(device)
     negative = None if generator.negative is None else generator.negative.to(device)
@@ -68,10 +66,11 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> tuple[list[Mark],
     """All marks of all videos, and figures about the run."""
     check_bundle(config)
     runtime, chunk, fps = resolve_runtime(config), config.video.frames_per_chunk, config.video.fps
-    num_chunks = math.ceil(vae_shape(config).latent_frames(math.ceil(arguments.seconds * fps)) / chunk)
+    vae = vae_shape(config)
+    num_chunks = math.ceil(vae.latent_frames(math.ceil(arguments.seconds * fps)) / chunk)
     indices = range(HELD_OUT_START, HELD_OUT_START + arguments.captions)
     prompts = [caption(sample_spec(config.seed, index, arguments.pairs)) for index in indices]
-    generator = Generator(config, runtime, prompts, weights={})
+    generator = Generator(config, runtime, prompts, {}, make_cache(config, vae))
     marks, start = [], time.perf_counter()
     for first in tqdm(range(0, len(prompts), arguments.batch), desc="batches"):
         batch = prompts[first : first + arguments.batch]
@@ -80,7 +79,7 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> tuple[list[Mark],
             if arguments.output_folder:
                 keep(arguments.output_folder, first + number, prompt, frames, fps)
     seconds = time.perf_counter() - start
-    made = len(prompts) * vae_shape(config).frames(num_chunks * chunk)
+    made = len(prompts) * vae.frames(num_chunks * chunk)
     return marks, {"videos": len(prompts), "frames_per_second": round(made / seconds, 1)}
 
 

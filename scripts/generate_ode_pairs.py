@@ -1,7 +1,7 @@
 """Write sampling trajectories of the AR-diffusion model, for causal ODE regression (`train.stage=ode`).
 
     python scripts/generate_ode_pairs.py --config_path configs/tiny/ode.yaml
-    torchrun --nproc_per_node=8 scripts/generate_ode_pairs.py --config_path configs/causal_ode_chunkwise_8gpu.yaml
+    torchrun --nproc_per_node=8 scripts/generate_ode_pairs.py --config_path configs/causal_ode_chunkwise_64gpu.yaml
 
 The model is that of the `model` section; prompts are those of `data`; the rollout is the one of inference with the
 configured cache, `ode.grid_steps` Euler steps and guidance `ode.guidance`. Shards go to `ode.path`. Started again, it
