@@ -14,7 +14,7 @@ from tiny import HEIGHT, TEXT_LEN, WIDTH, transformer, write_bundle
 
 import inference_packforcing
 import train
-from pipeline.trainer import check_plan
+from pipeline.preflight import check_plan
 from scripts import generate_ode_pairs
 from utils.config import ConfigError, Stage, load_config
 
