@@ -76,7 +76,7 @@ def clip_mask(
         return own | (key_clean & (key_chunk < query_chunk))
 
     if device.type == "cuda":
-        return create_block_mask(sees, None, None, length, length, device=device)
+        return create_block_mask(sees, None, None, length, length, device=device, _compile=True)  # or it builds L x L
     with torch.inference_mode(False):  # what is kept must serve a later forward with gradient too
         index = torch.arange(length, device=device)
         return sees(None, None, index[:, None], index[None, :])[None, None]
