@@ -23,7 +23,8 @@ import transformers
 from pipeline.inference import Generator, make_cache, resolve_runtime, weight_hashes
 from pipeline.jobs import check_output_folder, is_finished, plan, read_prompts, resolved
 from utils.bundle import VAEShape, check_bundle, vae_shape
-from utils.config import Config, ConfigError, load_config, validate
+from utils.config import Config, ConfigError
+from utils.config_loading import load_config, validate
 from utils.video import PARTIAL_SUFFIX
 
 log = logging.getLogger("inference")

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from pipeline.preflight import check_run
 from pipeline.stage import build_stage
 from pipeline.trainer import Trainer, TrainingDivergedError
-from utils.config import Config, ConfigError, load_config, to_yaml
+from utils.config import Config, ConfigError
+from utils.config_loading import load_config, to_yaml
 from utils.distributed import World, join_world, leave_world
 from utils.tracking import Tracker
 

@@ -18,6 +18,7 @@ from model.causal_wan import CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
 from model.matmul_attention import prepare_for_cpu
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from pipeline.bidirectional import sample_clip
 from pipeline.generator_stage import CausalGeneratorStage, Generator, GeneratorStage
 from pipeline.losses import flow_loss
 from pipeline.rollout import Prompts, prompt_noise
@@ -155,19 +156,8 @@ class TeacherStage(FlowMatchingStage):
         """Euler steps of the flow ODE with classifier-free guidance, over the whole clip at once."""
         sampler, frames = self.config.sampler, min(self._frames(step), self.config.train.sample_frames)
         shape = (self.latent_shape[0], frames, *self.latent_shape[1:])
-        noise = prompt_noise(self.config.seed, prompts, [0] * len(prompts))
-        latents = noise(0, 0, shape).to(self.device)  # [P, C, F, H, W]
-        both = Prompts(embeds, negative).branches(sampler.guidance)  # [P or 2P, text_len, text_dim]
-        branches = len(both) // len(embeds)
-        sigmas = FlowMatchSchedule(sampler.shift).euler_sigmas(sampler.num_steps).tolist()
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-            timestep = torch.full((len(both),), NUM_TIMESTEPS * sigma, device=self.device)
-            flow = self.transformer(torch.cat([latents] * branches), timestep, both, return_dict=False)[0].float()
-            if branches == 2:
-                cond, uncond = flow.chunk(2)
-                flow = uncond + sampler.guidance * (cond - uncond)
-            latents = latents + (following - sigma) * flow
-        return latents
+        noise = prompt_noise(self.config.seed, prompts, [0] * len(prompts))(0, 0, shape).to(self.device)
+        return sample_clip(self.transformer, noise, Prompts(embeds, negative), sampler)
 
 
 class ARDiffusionStage(FlowMatchingStage, CausalGeneratorStage):

@@ -25,7 +25,8 @@ from pipeline.checkpoints import Checkpoints, list_checkpoints, read_info, read_
 from pipeline.optimizer import RoleState
 from pipeline.sharding import model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.stage import Stage, Weights
-from utils.config import Config, ConfigError, to_yaml
+from utils.config import Config, ConfigError
+from utils.config_loading import to_yaml
 from utils.distributed import World, average, barrier, from_main
 from utils.tracking import Tracker
 

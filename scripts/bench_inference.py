@@ -30,7 +30,8 @@ from model.kv_cache import PackCache  # noqa: E402
 from pipeline.inference import load_model, resolve_runtime  # noqa: E402
 from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
 from utils.bundle import vae_shape  # noqa: E402
-from utils.config import Config, ConfigError, SamplerKind, load_config  # noqa: E402
+from utils.config import Config, ConfigError, SamplerKind  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise  # noqa: E402
 
 

@@ -40,8 +40,9 @@ from pipeline.optimizer import RoleState  # noqa: E402
 from pipeline.prompts import fixed_prompts  # noqa: E402
 from pipeline.trainer import Trainer  # noqa: E402
 from utils.bundle import transformer_settings  # noqa: E402
-from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.config import Config, ConfigError  # noqa: E402
 from utils.config import Stage as StageName  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.distributed import World, join_world, leave_world  # noqa: E402
 from utils.rng import keyed_randn  # noqa: E402
 from utils.shards import PLAN, write_json  # noqa: E402

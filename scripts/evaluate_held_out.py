@@ -3,10 +3,14 @@
     python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --seconds 5
     python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --captions 16 --seconds 60 cache.top_k=4
     python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --pairs unseen --output_folder output/new
+    python scripts/evaluate_held_out.py --config_path configs/tiny/ar_demo.yaml --teacher \
+        bundles/tiny_teacher/transformer sampler.num_steps=16 sampler.guidance=4
 
 The captions are the first of the held-out split (clips from index 1,000,000 on): `seen` combinations of colour and
 shape, or the `unseen` ones that no training clip shows. Videos are generated in batches, with fresh noise. Prints a
-table, then one line of JSON. With --output_folder the videos are kept, each with its sidecar.
+table, then one line of JSON. With --output_folder the videos are kept, each with its sidecar. With --teacher a
+bidirectional DiT is scored on clips of `video.trained_frames`, made by `sampler`'s Euler steps; text encoder and VAE
+are the bundle's.
 """
 
 from __future__ import annotations
@@ -21,36 +25,65 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.bidirectional import sample_clip  # noqa: E402
 from pipeline.inference import Generator, make_cache, resolve_runtime  # noqa: E402
-from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
+from pipeline.rollout import NoiseSource, Prompts, Rollout, prompt_noise  # noqa: E402
 from pipeline.streaming_vae import StreamingDecoder  # noqa: E402
 from scripts.evaluate import print_table, summarise  # noqa: E402
-from utils.bundle import check_bundle, vae_shape  # noqa: E402
-from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.bundle import check_bundle, load_library_model, vae_shape  # noqa: E402
+from utils.config import Config, ConfigError  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.metrics import Mark, read_seconds, score  # noqa: E402
 from utils.sprite_world import HELD_OUT_START, caption, parse_caption, sample_spec  # noqa: E402
 from utils.video import VideoWriter, to_uint8  # noqa: E402
 
 
+def conditioning(generator: Generator, prompts: list[str]) -> tuple[Prompts, NoiseSource]:
+    """Embeddings padded as the DiT was trained on them, and fresh noise, of one batch of videos."""
+    text_len, device = generator.model.config.text_len, generator.runtime.device
+
+    def pad(embeds: torch.Tensor) -> torch.Tensor:  # [1, n, text_dim] -> [1, text_len, text_dim]
+        return F.pad(embeds, (0, 0, 0, text_len - embeds.shape[1])).to(device)
+
+    padded = torch.cat([pad(generator.embeddings[prompt]) for prompt in prompts])
+    negative = None if generator.negative is None else pad(generator.negative)
+    return Prompts(padded, negative), prompt_noise(generator.config.seed, prompts, list(range(len(prompts))))
+
+
 def generate(generator: Generator, prompts: list[str], num_chunks: int) -> list[np.ndarray]:
     """One video per prompt, as one batch: uint8 [F, H, W, 3] each."""
-    config, device = generator.config, generator.runtime.device
-    text_len, cache = generator.model.config.text_len, generator.cache
-    cache.reset()
-    embeds = [generator.embeddings[prompt] for prompt in prompts]  # [1, n, text_dim] each
-    padded = torch.cat([F.pad(x, (0, 0, 0, text_len - x.shape[1])) for x in embeds]).to(device)
-    negative = None if generator.negative is None else generator.negative.to(device)
-    noise = prompt_noise(config.seed, prompts, list(range(len(prompts))))
-    rollout = Rollout(generator.model, cache, config.sampler, Prompts(padded, negative), noise)
+    generator.cache.reset()
+    rollout = Rollout(generator.model, generator.cache, generator.config.sampler, *conditioning(generator, prompts))
     decoder, pieces = StreamingDecoder(generator.vae), []
     for _, latents in tqdm(rollout.run(num_chunks), total=num_chunks, desc="chunks", leave=False):
         pixels = decoder.decode(latents)  # [B, 3, F, H, W]
         pieces.append([to_uint8(video) for video in pixels])
     return [np.concatenate(video) for video in zip(*pieces, strict=True)]
+
+
+def generate_clips(generator: Generator, teacher: WanTransformer3DModel, prompts: list[str]) -> list[np.ndarray]:
+    """One clip of the trained length per prompt by a bidirectional DiT: uint8 [F, H, W, 3] each."""
+    embeds, noise = conditioning(generator, prompts)
+    geometry = generator.cache.geometry
+    shape = (teacher.config.in_channels, generator.config.video.trained_frames)
+    shape += (geometry.latent_height, geometry.latent_width)
+    latents = sample_clip(teacher, noise(0, 0, shape).to(teacher.device), embeds, generator.config.sampler)
+    return [to_uint8(video) for video in StreamingDecoder(generator.vae).decode(latents)]
+
+
+def load_teacher(folder: Path, generator: Generator) -> WanTransformer3DModel:
+    """Raises `ConfigError` where the folder holds none, or one for other latents or texts."""
+    teacher = load_library_model(WanTransformer3DModel, folder, generator.runtime.dtype)
+    for name in ("in_channels", "text_dim"):
+        theirs, ours = teacher.config[name], generator.model.config[name]
+        if theirs != ours:
+            raise ConfigError(f"--teacher is {folder}: its {name} is {theirs}, the bundle's is {ours}")
+    return teacher.to(generator.runtime.device)
 
 
 def keep(folder: Path, index: int, prompt: str, frames: np.ndarray, fps: int) -> None:
@@ -71,15 +104,20 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> tuple[list[Mark],
     indices = range(HELD_OUT_START, HELD_OUT_START + arguments.captions)
     prompts = [caption(sample_spec(config.seed, index, arguments.pairs)) for index in indices]
     generator = Generator(config, runtime, prompts, {}, make_cache(config, vae))
-    marks, start = [], time.perf_counter()
+    teacher = None if arguments.teacher is None else load_teacher(arguments.teacher, generator)
+    marks, made, start = [], 0, time.perf_counter()
     for first in tqdm(range(0, len(prompts), arguments.batch), desc="batches"):
         batch = prompts[first : first + arguments.batch]
-        for number, (prompt, frames) in enumerate(zip(batch, generate(generator, batch, num_chunks), strict=True)):
+        if teacher is None:
+            videos = generate(generator, batch, num_chunks)
+        else:
+            videos = generate_clips(generator, teacher, batch)
+        for number, (prompt, frames) in enumerate(zip(batch, videos, strict=True)):
+            made += len(frames)
             marks += score(read_seconds(frames, fps), parse_caption(prompt))
             if arguments.output_folder:
                 keep(arguments.output_folder, first + number, prompt, frames, fps)
     seconds = time.perf_counter() - start
-    made = len(prompts) * vae.frames(num_chunks * chunk)
     return marks, {"videos": len(prompts), "frames_per_second": round(made / seconds, 1)}
 
 
@@ -90,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each video, rounded up to whole chunks")
     parser.add_argument("--pairs", choices=("seen", "unseen"), default="seen", help="colour and shape combinations")
     parser.add_argument("--batch", type=int, default=16, help="videos generated together")
+    parser.add_argument("--teacher", type=Path, help="transformer folder of a bidirectional DiT to score in its place")
     parser.add_argument("--output_folder", type=Path, help="keep the videos here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)

@@ -24,7 +24,8 @@ from pipeline.stage_parts import need_folder  # noqa: E402
 from pipeline.trajectories import grid_points, write_trajectories  # noqa: E402
 from utils.bundle import transformer_source, vae_shape_of  # noqa: E402
 from utils.checkpoint import content_hash  # noqa: E402
-from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.config import Config, ConfigError  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.distributed import World, join_world, leave_world  # noqa: E402
 
 USAGE_ERROR = 2

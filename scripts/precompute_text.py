@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline.jobs import read_prompts  # noqa: E402
 from pipeline.precompute import embed_prompts  # noqa: E402
 from pipeline.prompts import data_prompts, fixed_prompts  # noqa: E402
-from utils.config import ConfigError, load_config  # noqa: E402
+from utils.config import ConfigError  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.distributed import join_world, leave_world  # noqa: E402
 
 USAGE_ERROR = 2

@@ -36,7 +36,8 @@ from pipeline.prompts import fixed_prompts  # noqa: E402
 from pipeline.stage_parts import need_folder  # noqa: E402
 from pipeline.video_latents import check_video_latents, write_video_latents  # noqa: E402
 from utils.checkpoint import content_hash  # noqa: E402
-from utils.config import Config, ConfigError, load_config  # noqa: E402
+from utils.config import Config, ConfigError  # noqa: E402
+from utils.config_loading import load_config  # noqa: E402
 from utils.data import read_captions  # noqa: E402
 from utils.distributed import World, join_world, leave_world  # noqa: E402
 from utils.shards import META  # noqa: E402

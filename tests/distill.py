@@ -11,7 +11,8 @@ from toy import randn, randomize
 
 from pipeline.stage import build_stage
 from utils.checkpoint import content_hash
-from utils.config import Config, load_config
+from utils.config import Config
+from utils.config_loading import load_config
 from utils.distributed import World
 from utils.sprite_world import caption, sample_spec
 

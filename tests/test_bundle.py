@@ -19,7 +19,8 @@ from utils.bundle import (
     vae_shape,
 )
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
+from utils.config_loading import load_config
 from utils.convert import diffusers_to_wan
 
 CPU = torch.device("cpu")

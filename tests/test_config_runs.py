@@ -16,7 +16,8 @@ import inference_packforcing
 import train
 from pipeline.preflight import check_plan
 from scripts import generate_ode_pairs
-from utils.config import ConfigError, Stage, load_config
+from utils.config import ConfigError, Stage
+from utils.config_loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -9,7 +9,8 @@ from diffusers import WanTransformer3DModel
 from model.causal_wan import CausalWanModel
 from pipeline.jobs import read_prompts
 from utils.bundle import transformer_settings
-from utils.config import Selection, load_config
+from utils.config import Selection
+from utils.config_loading import load_config
 from utils.sprite_world import parse_caption
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,8 @@ from model.kv_cache import PackCache
 from pipeline.prompt_data import LatentReference
 from pipeline.rollout import Prompts, Rollout
 from pipeline.trainer import Trainer
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
+from utils.config_loading import load_config
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 from utils.tracking import Tracker

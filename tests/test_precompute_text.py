@@ -12,7 +12,8 @@ from pipeline.stage_parts import TextConditioning
 from scripts.precompute_text import main
 from utils import shards, text_embeddings
 from utils.bundle import load_text_encoder
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
+from utils.config_loading import load_config
 from utils.distributed import World
 from utils.text import encode_text
 from utils.text_embeddings import TextEmbeddings, write_embeddings

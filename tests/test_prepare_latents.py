@@ -16,7 +16,8 @@ from pipeline.stage_parts import LatentData
 from pipeline.video_latents import encode_video, write_video_latents
 from scripts.prepare_latents import main
 from utils import shards
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError
+from utils.config_loading import load_config
 from utils.data import LatentClips
 from utils.distributed import World
 from utils.shards import write_tensors

@@ -27,7 +27,8 @@ from scripts import export_checkpoint
 from tests import scale_runs
 from tests.scale_runs import arguments, batch_of, finish, stage_overrides, start
 from utils.checkpoint import read_weights
-from utils.config import Config, ConfigError, Sharding, load_config
+from utils.config import Config, ConfigError, Sharding
+from utils.config_loading import load_config
 from utils.distributed import World
 
 ROOT = Path(__file__).resolve().parents[1]

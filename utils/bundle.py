@@ -208,7 +208,7 @@ def place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelM
 
 def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
     """The bundle's VAE. Raises `CheckpointError` for weights that do not fit."""
-    return _load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
+    return load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
 
 
 def load_text_encoder(
@@ -220,10 +220,10 @@ def load_text_encoder(
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / 'tokenizer'}: no tokenizer ({_first_line(error)})") from error
-    return tokenizer, _load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
+    return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
 
 
-def _load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
+def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
     """`from_pretrained`, but strict: the libraries only warn about parameters that are missing or left over."""
     try:
         model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
