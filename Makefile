@@ -2,12 +2,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint
+.PHONY: demo train-tiny test lint
 
 demo: $(READY) ## two prompts, 30 s each, on the CPU or the GPU that is there
 	$(BIN)/python inference_packforcing.py --config_path configs/tiny/demo.yaml --data_path prompts/tiny_demo.txt \
 		--output_folder output/demo --seconds 30
 	@echo "Look at output/demo/*.mp4"
+
+train-tiny: $(READY) ## the small models from nothing, on a CPU, in hours; goes on where it was stopped
+	bash scripts/train_tiny.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -73,12 +73,12 @@ class GeneratorStage(Stage):
         ):
             embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()
             latents = self._generate(prompts, embeds[:-1], embeds[-1:], step).float()
+            vae, short = self.vae(), train.sample_frames
+            scores = write_samples(folder, prompts, latents[:, :, :short], vae, config.video.fps)
+            if latents.shape[2] > short:
+                longer = write_samples(folder / "long", prompts, latents, vae, config.video.fps)
+                scores |= {f"long/{key}": value for key, value in longer.items()}
         module.train()
-        vae, short = self.vae(), train.sample_frames
-        scores = write_samples(folder, prompts, latents[:, :, :short], vae, config.video.fps)
-        if latents.shape[2] > short:
-            longer = write_samples(folder / "long", prompts, latents, vae, config.video.fps)
-            scores |= {f"long/{key}": value for key, value in longer.items()}
         return scores
 
     def _generate(self, prompts: list[str], embeds: torch.Tensor, negative: torch.Tensor, step: int) -> torch.Tensor:

@@ -4,7 +4,8 @@
     python scripts/evaluate.py outputs/demo/000-a-red-circle.mp4 --json
 
 Each attribute has two scores: over the seconds of videos whose caption states it, and over those whose caption leaves
-it out, where right means "as in seconds 1 to 4 of the same video". With --json the last line is one JSON object.
+it out, where right means "as in seconds 1 to 4 of the same video". "moving" is whether a sprite is there and does not
+stand still, whatever its motion is called. With --json the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.metrics import ATTRIBUTES, Mark, accuracy, read_seconds, score  # noqa: E402
+from utils.metrics import MARKED, Mark, accuracy, read_seconds, score  # noqa: E402
 from utils.sprite_world import parse_caption  # noqa: E402
 from utils.video import PARTIAL_SUFFIX, read_video  # noqa: E402
 
@@ -82,7 +83,7 @@ def print_table(summary: dict[str, dict[str, dict[str, float]]]) -> None:
     cells = [(window, kind) for window in summary for kind in ("captioned", "left_out")]
     print("".join([f"{'':12}"] + [f"{window:>22}" for window in summary]))
     print("".join([f"{'attribute':12}"] + [f"{'captioned':>12}{'left out':>10}" for _ in summary]))
-    for name in ("present", *ATTRIBUTES):
+    for name in MARKED:
         row = f"{name:12}"
         for window, kind in cells:
             value = summary[window][kind].get(name)

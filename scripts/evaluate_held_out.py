@@ -43,22 +43,24 @@ from utils.sprite_world import HELD_OUT_START, caption, parse_caption, sample_sp
 from utils.video import VideoWriter, to_uint8  # noqa: E402
 
 
-def conditioning(generator: Generator, prompts: list[str]) -> tuple[Prompts, NoiseSource]:
-    """Embeddings padded as the DiT was trained on them, and fresh noise, of one batch of videos."""
+def conditioning(generator: Generator, prompts: list[str], first: int) -> tuple[Prompts, NoiseSource]:
+    """Embeddings padded as the DiT was trained on them, and noise, of the captions from number `first` on."""
     text_len, device = generator.model.config.text_len, generator.runtime.device
+    numbers = list(range(first, first + len(prompts)))
 
     def pad(embeds: torch.Tensor) -> torch.Tensor:  # [1, n, text_dim] -> [1, text_len, text_dim]
         return F.pad(embeds, (0, 0, 0, text_len - embeds.shape[1])).to(device)
 
     padded = torch.cat([pad(generator.embeddings[prompt]) for prompt in prompts])
     negative = None if generator.negative is None else pad(generator.negative)
-    return Prompts(padded, negative), prompt_noise(generator.config.seed, prompts, list(range(len(prompts))))
+    return Prompts(padded, negative), prompt_noise(generator.config.seed, prompts, numbers)
 
 
-def generate(generator: Generator, prompts: list[str], num_chunks: int) -> list[np.ndarray]:
+def generate(generator: Generator, prompts: list[str], first: int, num_chunks: int) -> list[np.ndarray]:
     """One video per prompt, as one batch: uint8 [F, H, W, 3] each."""
     generator.cache.reset()
-    rollout = Rollout(generator.model, generator.cache, generator.config.sampler, *conditioning(generator, prompts))
+    embeds, noise = conditioning(generator, prompts, first)
+    rollout = Rollout(generator.model, generator.cache, generator.config.sampler, embeds, noise)
     decoder, pieces = StreamingDecoder(generator.vae), []
     for _, latents in tqdm(rollout.run(num_chunks), total=num_chunks, desc="chunks", leave=False):
         pixels = decoder.decode(latents)  # [B, 3, F, H, W]
@@ -66,9 +68,11 @@ def generate(generator: Generator, prompts: list[str], num_chunks: int) -> list[
     return [np.concatenate(video) for video in zip(*pieces, strict=True)]
 
 
-def generate_clips(generator: Generator, teacher: WanTransformer3DModel, prompts: list[str]) -> list[np.ndarray]:
+def generate_clips(
+    generator: Generator, teacher: WanTransformer3DModel, prompts: list[str], first: int
+) -> list[np.ndarray]:
     """One clip of the trained length per prompt by a bidirectional DiT: uint8 [F, H, W, 3] each."""
-    embeds, noise = conditioning(generator, prompts)
+    embeds, noise = conditioning(generator, prompts, first)
     geometry = generator.cache.geometry
     shape = (teacher.config.in_channels, generator.config.video.trained_frames)
     shape += (geometry.latent_height, geometry.latent_width)
@@ -109,9 +113,9 @@ def evaluate(config: Config, arguments: argparse.Namespace) -> tuple[list[Mark],
     for first in tqdm(range(0, len(prompts), arguments.batch), desc="batches"):
         batch = prompts[first : first + arguments.batch]
         if teacher is None:
-            videos = generate(generator, batch, num_chunks)
+            videos = generate(generator, batch, first, num_chunks)
         else:
-            videos = generate_clips(generator, teacher, batch)
+            videos = generate_clips(generator, teacher, batch, first)
         for number, (prompt, frames) in enumerate(zip(batch, videos, strict=True)):
             made += len(frames)
             marks += score(read_seconds(frames, fps), parse_caption(prompt))

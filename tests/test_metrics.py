@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.metrics import ATTRIBUTES, accuracy, read_seconds, score
+from utils.metrics import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, read_seconds, score
 from utils.sprite_world import (
     DRIFTS,
     FPS,
@@ -58,7 +58,7 @@ def degrade(frames: np.ndarray, seed: int) -> np.ndarray:
 def test_raw_renders_are_read_right():
     specs = [sample_spec(5, HELD_OUT_START + index) for index in range(200)]
     result = rates([(spec, render(spec, 4 * FPS)) for spec in specs])
-    assert set(result) == {"present", *ATTRIBUTES}
+    assert set(result) == set(MARKED)
     assert min(result.values()) >= FLOOR, result
 
 
@@ -136,7 +136,14 @@ def test_the_wrong_caption_is_marked_wrong():
     wrong = CaptionFacts("white", "circle", "circles", "white", "gradient")
     assert (spec.colour, spec.shape, spec.background, spec.pattern) == ("red", "square", "magenta", "plain")
     marks = score(readings, wrong)
-    assert set(accuracy(marks, True, range(3)).items()) == {("present", 1.0), *((name, 0.0) for name in ATTRIBUTES)}
+    assert accuracy(marks, True, range(3)) == {PRESENT: 1.0, MOVING: 1.0, **dict.fromkeys(ATTRIBUTES, 0.0)}
+
+
+def test_a_sprite_that_stands_still_is_present_but_not_moving():
+    spec = replace(sample_spec(0, 2), motion="drifts up")
+    frames = np.repeat(render(spec, 1), 3 * FPS, axis=0)
+    result = accuracy(score(read_seconds(frames, FPS), truth(spec)), True, range(3))
+    assert (result[PRESENT], result[MOVING], result["motion"]) == (1.0, 0.0, 0.0)
 
 
 def test_frames_that_cannot_be_read_are_refused():

@@ -13,7 +13,7 @@ from pipeline.vae_clip import decode_clip, encode_moments
 from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
 from utils.config import Stage as StageName
 from utils.distributed import World
-from utils.metrics import ATTRIBUTES, read_seconds, score
+from utils.metrics import MARKED, MOVING, read_seconds, score
 from utils.sprite_world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "tiny" / "vae"
@@ -141,7 +141,7 @@ def test_samples_are_round_trips_with_readable_sidecars(tmp_path):
     stage.config.train.sample_held_out, stage.config.train.sample_frames = 2, 5
     scores = stage.sample(0, tmp_path, None)
     assert {path.name for path in tmp_path.glob("*.mp4")} == {"000.mp4", "001.mp4"}
-    assert set(scores) == {"present", *ATTRIBUTES} - {"motion"} and all(0 <= value <= 1 for value in scores.values())
+    assert set(scores) == set(MARKED) - {"motion", MOVING} and all(0 <= value <= 1 for value in scores.values())
 
 
 def test_pixels_round_trip():
@@ -162,5 +162,5 @@ def test_shipped_vae_keeps_the_readings_of_held_out_clips():
         for mark in score(read_seconds(decoded, FPS), facts):
             total[mark.attribute] += 1
             right[mark.attribute] += mark.right
-    rates = {name: right[name] / total[name] for name in ("present", *ATTRIBUTES)}
+    rates = {name: right[name] / total[name] for name in MARKED}
     assert min(rates.values()) >= ROUND_TRIP_FLOOR, rates

@@ -18,11 +18,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from utils.motion import read_motion
+from utils.motion import STILL, read_motion
 from utils.sprite_world import CELL, COLOURS, PATTERNS, SHAPES, CaptionFacts, background_image, outline_distance
 
 SPRITE_ATTRIBUTES = ("colour", "shape", "motion")
 ATTRIBUTES = (*SPRITE_ATTRIBUTES, "background", "pattern")
+PRESENT, MOVING = "present", "moving"  # marks of their own: a sprite is there; it is, and does not stand still
+MARKED = (PRESENT, *ATTRIBUTES, MOVING)
+MOTION_SECONDS = 2  # that a motion is read from, the last one included
 REFERENCE_SECONDS = (1, 2, 3, 4)  # what the caption left out must stay as it is here
 
 ERROR_CAP = 60.0  # RGB distance at which a pixel counts as "not background at all"
@@ -75,7 +78,7 @@ def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
     readings, height = [], frames.shape[1]
     for second, look in enumerate(looks):
         motion = None
-        if look.present and second > 0:
+        if look.present and second >= MOTION_SECONDS - 1:
             track = np.concatenate([looks[second - 1].centres, look.centres])
             motion = read_motion(track, fps, height, frames.shape[2])
         shape = look.shape if look.present else None
@@ -87,18 +90,22 @@ def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
 def score(readings: Sequence[Reading], facts: CaptionFacts) -> list[Mark]:
     """Judge readings by a caption: what it says, per second; what it leaves out, by seconds 1 to 4 of the same video.
 
-    Motion has no mark in second 0, where its two seconds have not passed. Sprite presence is the attribute "present".
+    Motion and `MOVING` have no mark in second 0, where their two seconds have not passed.
     """
     marks = []
     for attribute in ATTRIBUTES:
         said = getattr(facts, attribute)
         expected = said if said is not None else _reference(readings, attribute)
         for reading in readings:
-            if attribute == "motion" and reading.second == 0:
+            if attribute == "motion" and reading.second < MOTION_SECONDS - 1:
                 continue
             right = expected is not None and getattr(reading, attribute) == expected
             marks.append(Mark(reading.second, attribute, said is not None, right))
-    return marks + [Mark(reading.second, "present", True, reading.present) for reading in readings]
+    for reading in readings:
+        marks.append(Mark(reading.second, PRESENT, True, reading.present))
+        if reading.second >= MOTION_SECONDS - 1:
+            marks.append(Mark(reading.second, MOVING, True, reading.motion not in (None, STILL)))
+    return marks
 
 
 def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
@@ -110,8 +117,7 @@ def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
 def accuracy(marks: Sequence[Mark], said: bool, seconds: range) -> dict[str, float]:
     """Share of right marks per attribute, over the given seconds and kind; attributes without a mark are absent."""
     picked = [mark for mark in marks if mark.said == said and mark.second in seconds]
-    names = ("present", *ATTRIBUTES)
-    by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in names}
+    by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in MARKED}
     return {name: sum(right) / len(right) for name, right in by_name.items() if right}
 
 
