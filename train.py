@@ -20,7 +20,7 @@ from pipeline.stage import build_stage
 from pipeline.trainer import Trainer, TrainingDivergedError
 from utils.config import Config, ConfigError
 from utils.config_loading import load_config, to_yaml
-from utils.distributed import World, join_world, leave_world
+from utils.distributed import World, rank
 from utils.tracking import Tracker
 
 USAGE_ERROR, DIVERGED = 2, 1
@@ -61,9 +61,7 @@ def train(arguments: argparse.Namespace) -> None:
         config.train.logdir = arguments.logdir
     if arguments.disable_wandb:
         config.train.tracker = None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = join_world(device)
-    try:
+    with rank() as (device, world):
         logdir, save = find_logdir(config), not arguments.no_save
         check_run(config, world, logdir, save)
         prepare_logdir(logdir, config, world)
@@ -80,8 +78,6 @@ def train(arguments: argparse.Namespace) -> None:
             trainer.run()
         finally:
             tracker.close()
-    finally:
-        leave_world(world)
 
 
 def main(arguments: list[str] | None = None) -> int:

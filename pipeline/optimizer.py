@@ -20,16 +20,16 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices inside the transformer blocks and AdamW for the rest.
 
-    Vectors (norms, biases) get no weight decay. Sharded and whole parameters are in groups of their own, as fused
-    updates take no mixture.
+    Vectors (norms, biases, the rows of modulation tables) get no weight decay. Sharded and whole parameters are in
+    groups of their own, as fused updates take no mixture.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     by_muon = [p for name, p in named if config.kind == OptimizerKind.muon and "blocks." in name and p.ndim == 2]
     chosen = {id(p) for p in by_muon}
-    rest = [p for _, p in named if id(p) not in chosen]
+    rest = [(p, p.ndim >= 2 and "scale_shift_table" not in name) for name, p in named if id(p) not in chosen]
     groups = [
         {
-            "params": [p for p in rest if (p.ndim >= 2) == decays and isinstance(p, DTensor) == sharded],
+            "params": [p for p, decayed in rest if decayed == decays and isinstance(p, DTensor) == sharded],
             "weight_decay": config.weight_decay if decays else 0.0,
         }
         for decays in (True, False)

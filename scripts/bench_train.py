@@ -43,7 +43,7 @@ from utils.bundle import transformer_settings  # noqa: E402
 from utils.config import Config, ConfigError  # noqa: E402
 from utils.config import Stage as StageName  # noqa: E402
 from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import World, join_world, leave_world  # noqa: E402
+from utils.distributed import World, rank  # noqa: E402
 from utils.rng import keyed_randn  # noqa: E402
 from utils.shards import PLAN, write_json  # noqa: E402
 from utils.text_embeddings import plan_of, write_shard  # noqa: E402
@@ -225,21 +225,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if arguments.repeats < 1:
             raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
         config = load_config(arguments.config_path, arguments.overrides)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        world = join_world(device)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                if config.model.random_init:
-                    config = stand_ins(config, Path(folder))
-                result = bench(config, arguments.repeats, device, world, Path(folder) / "run")
-        finally:
-            leave_world(world)
+        with rank() as (device, world), tempfile.TemporaryDirectory() as folder:
+            if config.model.random_init:
+                config = stand_ins(config, Path(folder))
+            result = bench(config, arguments.repeats, device, world, Path(folder) / "run")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

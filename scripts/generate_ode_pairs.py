@@ -10,7 +10,6 @@ writes what is missing.
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from utils.bundle import transformer_source, vae_shape_of  # noqa: E402
 from utils.checkpoint import content_hash  # noqa: E402
 from utils.config import Config, ConfigError  # noqa: E402
 from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import World, join_world, leave_world  # noqa: E402
+from utils.distributed import World, rank  # noqa: E402
 
 USAGE_ERROR = 2
 
@@ -52,19 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example ode.path=runs/pairs")
     parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     try:
         config = load_config(parsed.config_path, parsed.overrides)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        world = join_world(device)
-        try:
+        with rank() as (device, world):
             generate(config, device, world)
-        finally:
-            leave_world(world)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

@@ -13,11 +13,8 @@ already is kept, so a stopped run goes on, and prompts can be added to a folder 
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +23,7 @@ from pipeline.precompute import embed_prompts  # noqa: E402
 from pipeline.prompts import data_prompts, fixed_prompts  # noqa: E402
 from utils.config import ConfigError  # noqa: E402
 from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import join_world, leave_world  # noqa: E402
+from utils.distributed import rank  # noqa: E402
 
 USAGE_ERROR = 2
 
@@ -39,18 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.text_from=ckpt")
     parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     try:
         config = load_config(parsed.config_path, parsed.overrides)
         prompts = read_prompts(parsed.prompts) if parsed.prompts else data_prompts(config)
-        world = join_world(device)
-        try:
+        with rank() as (device, world):
             embed_prompts(config, fixed_prompts(config) + prompts, parsed.batch_size, device, world)
-        finally:
-            leave_world(world)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

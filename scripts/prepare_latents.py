@@ -22,7 +22,6 @@ then the same as one line of JSON; its exit code is 1 where something is wrong.
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from utils.checkpoint import content_hash  # noqa: E402
 from utils.config import Config, ConfigError  # noqa: E402
 from utils.config_loading import load_config  # noqa: E402
 from utils.data import read_captions  # noqa: E402
-from utils.distributed import World, join_world, leave_world  # noqa: E402
+from utils.distributed import World, rank  # noqa: E402
 from utils.shards import META  # noqa: E402
 from utils.text_embeddings import TextEmbeddings  # noqa: E402
 from utils.video_folder import CaptionedVideo, list_videos  # noqa: E402
@@ -103,10 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example data.path=data/x")
     parsed = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     try:
         config = load_config(parsed.config_path, parsed.overrides)
         if config.data.path is None:
@@ -117,11 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.videos is None:
             raise ConfigError("give --videos FOLDER, or --check to look at what was written")
         videos = list_videos(parsed.videos, parsed.captions)
-        world = join_world(device)
-        try:
+        with rank() as (device, world):
             prepare(config, videos, Path(parsed.videos), folder, parsed.text_batch, device, world)
-        finally:
-            leave_world(world)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR

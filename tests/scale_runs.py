@@ -22,6 +22,7 @@ from pipeline.diffusion import ARDiffusionStage
 from pipeline.optimizer import RoleState
 from pipeline.sharding import whole
 from tests import tiny
+from utils import distributed
 from utils.checkpoint import content_hash
 from utils.data import shard_path
 from utils.rng import keyed_randn
@@ -192,9 +193,9 @@ def recorded(argvs: dict[str, list[str]], folder: Path) -> None:
     `gradients`: per update, those before the clip by parameter name; `logs`: per step; `moved`: per role
     how far a weight at most was from its start at the role's last update. All runs share one process group.
     """
-    world = train.join_world(torch.device("cpu"))
-    clip, leave, log = RoleState.clip, train.leave_world, train.Tracker.log
-    train.leave_world = lambda world: None
+    world = distributed.join_world(torch.device("cpu"))
+    clip, leave, log = RoleState.clip, distributed.leave_world, train.Tracker.log
+    distributed.leave_world = lambda world: None
     for name, argv in argvs.items():
         record, starts = {"gradients": [], "logs": [], "moved": {}}, {}
 
@@ -216,5 +217,5 @@ def recorded(argvs: dict[str, list[str]], folder: Path) -> None:
             raise SystemExit(f"run {name} ended with {code}")
         if world.is_main:
             torch.save(record, folder / f"{name}.pt")
-    RoleState.clip, train.leave_world, train.Tracker.log = clip, leave, log
+    RoleState.clip, distributed.leave_world, train.Tracker.log = clip, leave, log
     leave(world)

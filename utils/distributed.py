@@ -4,7 +4,8 @@
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,20 @@ def join_world(device: torch.device) -> World:
 def leave_world(world: World) -> None:
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def rank() -> Iterator[tuple[torch.device, World]]:
+    """This process as one of a program's ranks: its device, a GPU where there is one, and its place.
+
+    Raises `ConfigError` as `join_world` does.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = join_world(device)
+    try:
+        yield torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device, world
+    finally:
+        leave_world(world)
 
 
 def average(tensors: Iterable[torch.Tensor], world: World) -> None:
