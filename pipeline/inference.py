@@ -67,7 +67,8 @@ def resolve_runtime(config: Config) -> Runtime:
         raise ConfigError(f"setting `inference.device` is {name}: no CUDA device is available; use cpu or auto")
     dtype = settings.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        native = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        dtype = "bfloat16" if native else "float32"
     if dtype not in _DTYPES:
         raise ConfigError(f"setting `inference.dtype` is {dtype}: expected auto, {', '.join(_DTYPES)}")
     known = [backend.value for backend in AttentionBackendName]

@@ -15,7 +15,7 @@ CONFIG = f"""
 video: {{height: {HEIGHT}, width: {WIDTH}, fps: 16, frames_per_chunk: 2, trained_frames: 10}}
 cache: {{sink: 1, recent: 1, top_k: 1, compressor: {{channels: [4, 8]}}}}
 sampler: {{steps: [1000, 500], shift: 3.0}}
-inference: {{num_output_frames: 4, device: cpu, threads: 1}}
+inference: {{num_output_frames: 4, device: cpu, dtype: float32, threads: 1}}
 """
 
 

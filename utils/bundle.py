@@ -17,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
@@ -208,7 +209,12 @@ def place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelM
 
 def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
     """The bundle's VAE. Raises `CheckpointError` for weights that do not fit."""
-    return load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
+    vae = load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
+    if device.type == "cpu":  # in bfloat16 1.7 times as fast; in float32 it makes no odds
+        for module in vae.modules():
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)
+    return vae
 
 
 def load_text_encoder(

@@ -175,7 +175,7 @@ class InferenceConfig:
     num_output_frames: int = 21  # latent frames
     num_samples: int = 1  # videos per prompt
     device: str = "auto"  # auto: cuda where there is one
-    dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
+    dtype: str = "auto"  # auto: bfloat16 on cuda and on a CPU with matrix units for it (AMX), else float32
     attention_backend: str | None = None  # a name of diffusers' dispatcher; null: its default
     compile: bool = False  # torch.compile of the transformer blocks
     threads: int | None = None  # CPU threads; null: torch's default
