@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from model.causal_block import TextKV
-from model.causal_wan import CausalWanModel
+from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.chunk_context import ChunkContext
 from model.kv_cache import PackCache
 from model.schedule import FlowMatchSchedule
@@ -129,23 +129,26 @@ class Rollout:
 
     def _flow(self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False) -> torch.Tensor:
         """Guided flow [B, C, F, H, W], float32."""
-        out = self._forward(latents, timestep, context, return_kv=False, train_compressor=train)
+        out = self._forward(latents, timestep, context, train=train, return_kv=False)
         flow = out.sample.float()
         if self.branches == 1:
             return flow
         cond, uncond = flow.chunk(2)
         return uncond + self.sampler.guidance * (cond - uncond)
 
-    def _forward(self, latents: torch.Tensor, timestep: float, context: ChunkContext, **options):
+    def _forward(
+        self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False, **options
+    ) -> CausalWanOutput:
+        """All branches through the DiT; with `train` with gradient, the compressor's included."""
         repeated = torch.cat([latents] * self.branches).to(self.model.dtype)  # [B or 2B, C, F, H, W]
-        with_gradient = options.get("train_compressor", False)
-        with nullcontext() if with_gradient else torch.no_grad():
+        with nullcontext() if train else torch.no_grad():
             return self.model(
                 repeated,
                 torch.full((len(repeated),), timestep, dtype=torch.float32, device=self._device),
                 self.embeds,
                 context=context,
-                text_kv=None if with_gradient else self.text_kv,  # a memo has no gradient
+                text_kv=None if train else self.text_kv,  # a memo has no gradient
+                train_compressor=train,
                 **options,
             )
 
