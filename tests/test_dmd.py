@@ -6,23 +6,15 @@ import math
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from distill import CHANNELS, CHUNK, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings, write_world
-from test_chunk_context import sorted_tokens
+from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings, write_world
+from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, sigma_of, snapped
 from toy import randn
 
-from model.chunk_context import ChunkContext
-from model.kv_cache import PackCache
 from pipeline.prompt_data import LatentReference
-from pipeline.rollout import Prompts, Rollout
 from pipeline.trainer import Trainer
 from utils.config import ConfigError
-from utils.config_loading import load_config
 from utils.distributed import World
-from utils.rng import keyed_generator, keyed_randn
 from utils.tracking import Tracker
-
-SEED, SHIFT, STEPS = 5, 3.0, [1000, 750, 500, 250]
-INDICES = [3, 8]
 
 
 @pytest.fixture(scope="module")
@@ -33,50 +25,6 @@ def root(tmp_path_factory):
 @pytest.fixture
 def stage(root):
     return make_stage(root, "dmd")
-
-
-def sigma_of(u):
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
-
-
-def snapped(timestep):
-    """sigma of the table entry nearest to a timestep."""
-    return min((sigma_of(1 - i / 1000) for i in range(1000)), key=lambda sigma: abs(1000 * sigma - timestep))
-
-
-def drawn(role, step, index):
-    """Timestep and noise [1, C, F, H, W] at which the scores of a sample are asked."""
-    draw = keyed_generator(SEED, "score", role, step, index)
-    u = int(torch.randint(1000, (), generator=draw)) / 1000
-    noise = torch.randn((CHANNELS, FRAMES, *SIZE), generator=draw)
-    return min(max(1000 * sigma_of(u), 20.0), 980.0), noise[None]
-
-
-@torch.no_grad()
-def flow_of(model, noisy, timestep, stage, prompt):
-    return model(noisy, torch.tensor([timestep]), stage.text.encode([prompt])).sample
-
-
-def generator_gradient(stage, batch, step, x0):
-    """[(kl gradient [1, C, F, H, W], critic's and teacher's flow error)] of every sample."""
-    result = []
-    for place, (prompt, index) in enumerate(zip(batch["prompts"], batch["indices"], strict=True)):
-        own, (timestep, noise) = x0[place : place + 1].detach(), drawn("generator", step, index)
-        sigma = snapped(timestep)
-        noisy = (1 - sigma) * own + sigma * noise
-        fake = flow_of(stage.critic, noisy, timestep, stage, prompt)
-        cond = flow_of(stage.teacher, noisy, timestep, stage, prompt)
-        uncond = flow_of(stage.teacher, noisy, timestep, stage, "a green square")
-        fake_x0, cond_x0, uncond_x0 = (noisy - sigma * flow for flow in (fake, cond, uncond))
-        real_x0 = cond_x0 + 3.0 * (cond_x0 - uncond_x0)
-        gradient = (fake_x0 - real_x0) / (own - real_x0).abs().mean()
-        errors = [(flow - (noise - own)).square().mean().item() for flow in (fake, cond)]
-        result.append((gradient, *errors))
-    return result
-
-
-def generated(stage, batch, step, role="generator"):
-    return stage._generated(role, batch, step, stage.text.encode(batch["prompts"]))
 
 
 def test_generator_loss_and_its_gradient(stage):
@@ -168,101 +116,6 @@ def test_roles_and_their_settings(root):
 # --- the rollout ---
 
 
-def test_every_chunk_stops_at_one_step_of_the_iteration(stage, monkeypatch):
-    asked, forward = [], type(stage.transformer).forward
-
-    def spy(self, hidden_states, timestep, *rest, **options):
-        asked.append((timestep.tolist(), torch.is_grad_enabled()))
-        return forward(self, hidden_states, timestep, *rest, **options)
-
-    monkeypatch.setattr(type(stage.transformer), "forward", spy)
-    timesteps = [1000 * sigma_of(step / 1000) for step in STEPS]
-    exits = set()
-    for step in range(6):
-        for role in ("generator", "critic"):
-            asked.clear()
-            exit_step = stage.exit_step(role, step)
-            exits.add(exit_step)
-            stage.loss(role, stage.batch(step, INDICES), step)
-            expected = [*timesteps[: exit_step + 1], 0.0] * (FRAMES // CHUNK)
-            assert [times[0] for times, _ in asked] == pytest.approx(expected)
-            assert all(times[0] == times[1] for times, _ in asked)  # every sample
-            trained = [place % (exit_step + 2) == exit_step and role == "generator" for place in range(len(asked))]
-            assert [with_gradient for _, with_gradient in asked] == trained
-    assert len(exits) >= 3
-
-
-@pytest.mark.parametrize("longer", [False, True])
-def test_training_attends_what_inference_attends(root, monkeypatch, longer):
-    """Keys, values, positions and selection of every chunk, step and layer."""
-    stage = make_stage(root, "dmd", *(["dmd.max_rollout_frames=16"] if longer else []))
-    step = next(step for step in range(99) if stage.num_chunks("generator", step) == stage.max_chunks)
-    calls, extend = [], ChunkContext.extend
-
-    def spy(self, layer, selected, key, value, mid):
-        keys, values = extend(self, layer, selected, key, value, mid)
-        starts = self.history_starts(), self.mid_starts(selected).tolist()
-        calls.append((self.chunk, layer, selected.tolist(), starts, sorted_tokens(keys, values)))
-        return keys, values
-
-    monkeypatch.setattr(ChunkContext, "extend", spy)
-    batch, exit_step = stage.batch(step, INDICES), stage.exit_step("generator", step)
-    video = generated(stage, batch, step)
-    in_training, calls[:] = list(calls), []
-
-    config = load_config(root / "dmd.yaml", [f"sampler.steps={STEPS[: exit_step + 1]}"])
-    cache = PackCache.for_model(stage.transformer, config.cache, *SIZE, FRAMES)
-
-    def noise(chunk, denoising_step, shape):
-        keys = [(SEED, "rollout", "generator", step, index, chunk, denoising_step) for index in INDICES]
-        return torch.stack([keyed_randn(shape, *key) for key in keys])
-
-    prompts = Prompts(stage.text.encode(batch["prompts"]))
-    rollout = Rollout(stage.transformer, cache, config.sampler, prompts, noise)
-    expected = torch.cat([latents for _, latents in rollout.run(stage.max_chunks)], dim=2)
-    frames = FRAMES - CHUNK if longer else FRAMES
-    torch.testing.assert_close(video.latents[:, :, -frames:].detach(), expected[:, :, -frames:], atol=1e-4, rtol=1e-4)
-    assert len(in_training) == len(calls) == stage.max_chunks * (exit_step + 2) * 2
-    assert any(selected[0] for _, _, selected, _, _ in calls)
-    for (*where, tokens), (*wanted, wanted_tokens) in zip(in_training, calls, strict=True):
-        assert where == wanted
-        torch.testing.assert_close(tokens, wanted_tokens, atol=2e-4, rtol=1e-4)
-
-
-def test_longer_rollouts_train_their_last_window(root):
-    stage = make_stage(root, "dmd", "dmd.max_rollout_frames=16")
-    lengths = [stage.num_chunks("generator", step) for step in range(40)]
-    assert set(lengths) == {4, 5, 6, 7, 8}
-    step = lengths.index(7)
-    batch = stage.batch(step, INDICES)
-    made = generated(stage, batch, step)
-    assert made.latents.shape[2] == FRAMES and made.frozen_frames == CHUNK
-    assert made.rollout.cache.num_chunks == 7
-    gradient = torch.autograd.grad(made.latents[:, :, :CHUNK].sum(), stage.transformer.proj_out.weight,
-                                   allow_unused=True, retain_graph=True)[0]  # fmt: skip
-    assert gradient is None or gradient.abs().max() == 0
-    for chunk in range(1, 4):
-        part = made.latents[:, :, chunk * CHUNK : (chunk + 1) * CHUNK]
-        gradient = torch.autograd.grad(part.sum(), stage.transformer.proj_out.weight, retain_graph=True)[0]
-        assert gradient.abs().max() > 0
-
-    by_hand = torch.cat([g for g, _, _ in generator_gradient(stage, batch, step, made.latents)])
-    loss, _ = stage.loss("generator", batch, step)
-    assert loss.item() == pytest.approx(0.5 * by_hand[:, :, CHUNK:].square().mean().item(), rel=1e-4)
-
-
-def test_the_first_frame_of_a_later_window_is_an_image_latent(root):
-    stage = make_stage(root, "dmd", "dmd.max_rollout_frames=16")
-    video = randn(2, CHANNELS, 12, *SIZE, seed=4)
-    clip = stage._as_clip(video)
-    assert torch.equal(clip[:, :, 1:], video[:, :, -FRAMES + 1 :])
-    vae = stage.vae()
-    with torch.no_grad():  # the VAE's statistics are mean 0 and deviation 1 here
-        last = vae.decode(video[:, :, :5]).sample[:, :, -1:]
-        image = vae.encode(last).latent_dist.mode()
-    torch.testing.assert_close(clip[:, :, :1], image, atol=1e-4, rtol=1e-4)
-
-
 # --- the same numbers wherever and however often ---
 
 
@@ -342,21 +195,6 @@ def test_exported_bundle_generates(root, tmp_path):
 
 
 # --- mistakes ---
-
-
-def test_a_cache_that_no_rollout_fills_is_refused(root):
-    with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one.*cache.top_k=0"):
-        make_stage(root, "dmd", "cache.sink=2")
-    make_stage(root, "dmd", "cache.sink=2", "dmd.max_rollout_frames=10")
-    make_stage(root, "dmd", "cache.sink=2", "cache.top_k=0")
-
-
-def test_a_memory_that_stays_inert_stops_the_run(root, monkeypatch):
-    stage = make_stage(root, "dmd")
-    monkeypatch.setattr(PackCache, "_age", lambda self: None)  # nothing ever reaches the archive
-    for role in ("critic", "generator"):
-        with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one"):
-            stage.loss(role, stage.batch(0, INDICES), 0)
 
 
 @pytest.mark.parametrize(
