@@ -12,6 +12,7 @@ from model.causal_wan import CausalWanModel
 from model.matmul_attention import prepare_for_cpu
 from pipeline.stage_parts import TextConditioning, need_folder
 from utils.bundle import load_transformer, transformer_settings
+from utils.checkpoint import cast_weights
 from utils.config import Config, ConfigError, SamplerKind
 
 
@@ -62,22 +63,24 @@ def load_student(
 
 
 def load_score(path: str | None, key: str, student: CausalWanModel, config: Config, text: TextConditioning,
-               device: torch.device) -> WanTransformer3DModel:  # fmt: skip
-    """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32.
+               device: torch.device, frozen: bool) -> WanTransformer3DModel:  # fmt: skip
+    """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32; in mixed precision a
+    frozen one is in the bfloat16 that autocast would make of it at every call, at half the memory.
 
     With `model.random_init` (benchmarks) it needs no weights: they are random, of the shape that a config.json in the
     folder names, or without a folder of the student's.
 
     Raises `ConfigError`, naming setting `key`, where there is none or it does not fit.
     """
+    dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
     if config.model.random_init and path is None:
-        return prepare(_random_score(dict(student.config), config.seed), config, device)
+        return prepare(_random_score(dict(student.config), config.seed), config, device, dtype)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     try:
         if config.model.random_init and not any(folder.glob("*.safetensors*")):
             model = _random_score(WanTransformer3DModel.load_config(folder), config.seed)
         else:
-            model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+            model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"setting `{key}` is {folder}: not a WanTransformer3DModel ({_first_line(error)})") from error
     if model.config.in_channels != student.config.in_channels:
@@ -86,7 +89,7 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
             f"{student.config.in_channels}"
         )
     _check_text(model, text, key)
-    return prepare(model, config, device)
+    return prepare(model, config, device, dtype)
 
 
 def _random_score(settings: dict[str, Any], seed: int) -> WanTransformer3DModel:
@@ -97,10 +100,10 @@ def _random_score(settings: dict[str, Any], seed: int) -> WanTransformer3DModel:
         return WanTransformer3DModel(**{key: value for key, value in settings.items() if key in known})
 
 
-def prepare(model, config: Config, device: torch.device):
-    """In float32, with gradient checkpointing where asked for and what makes `device` faster; returns it. Whoever runs
-    it moves it there: the trainer does so in shards."""
-    model = model.float()
+def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = torch.float32):
+    """In `dtype` but for what Wan needs in float32, with gradient checkpointing where asked for and what makes `device`
+    faster; returns it. Whoever runs it moves it there: the trainer does so in shards."""
+    cast_weights(model, dtype, model._keep_in_fp32_modules)
     if device.type == "cpu":
         prepare_for_cpu(model)
     if config.train.gradient_checkpointing:

@@ -79,6 +79,23 @@ def test_each_role_trains_its_own_weights(stage):
     assert stage.parts("generator") == {"compressor": stage.transformer.pack_compressor}
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_only_the_frozen_teacher_is_in_bfloat16(root, mixed_precision):
+    stage = make_stage(root, "dmd", f"train.mixed_precision='{mixed_precision}'")
+    dtypes = {
+        name: {p.dtype for part in ("to_q", "ffn") for key, p in model.blocks.named_parameters() if part in key}
+        for name, model in (("teacher", stage.teacher), ("critic", stage.critic), ("student", stage.transformer))
+    }
+    frozen = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    assert dtypes == {"teacher": {frozen}, "critic": {torch.float32}, "student": {torch.float32}}
+    assert stage.teacher.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+        _, logs = stage.loss("generator", stage.batch(0, INDICES), 0)
+    reference = make_stage(root, "dmd")
+    _, expected = reference.loss("generator", reference.batch(0, INDICES), 0)
+    assert logs["teacher_error"] == pytest.approx(expected["teacher_error"], rel=0.02)
+
+
 def test_gradient_survives_bf16(root):
     """Weights are cast for the steps without gradient first; the step with gradient must not reuse those casts."""
     stage = make_stage(root, "dmd", "train.mixed_precision=bf16")
