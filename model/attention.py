@@ -83,10 +83,11 @@ def clip_mask(
 
 
 def rms_norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """norm(x), x [B, L, dim], with fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
+    """norm(x) in the dtype of x [B, L, dim], which autocast on CUDA would make float32, and with it the KV cache; with
+    fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
     offloaded = norm.weight.is_meta  # a hook on the module's own forward fetches it
     if x.device.type != "cpu" or offloaded or torch.compiler.is_compiling():
-        return norm(x)
+        return norm(x).type_as(x)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
     scale = torch.rsqrt(squares / x.shape[-1] + norm.eps)
     return (x * scale * norm.weight).type_as(x)

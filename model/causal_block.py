@@ -91,7 +91,7 @@ class CausalWanBlock(WanTransformerBlock):
     def _project_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, text_len, dim] -> K, V [B, text_len, heads, D] each."""
         attn = self.attn2
-        key = attn.norm_k(attn.to_k(text)).unflatten(2, (attn.heads, -1))
+        key = rms_norm(attn.norm_k, attn.to_k(text)).unflatten(2, (attn.heads, -1))
         return key, attn.to_v(text).unflatten(2, (attn.heads, -1))
 
     @torch.compiler.disable

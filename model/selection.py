@@ -43,7 +43,8 @@ def affinity(mean_query: torch.Tensor, mean_keys: torch.Tensor, shifts: torch.Te
     """
     dim = mean_query.shape[-1]
     keys = time_rotation(shifts.to(mean_keys.device), dim)(mean_keys)  # [B, M, h, D]
-    return torch.einsum("bhd,bmhd->bm", mean_query, keys) / (dim**0.5 * mean_query.shape[1])
+    # Not an einsum: autocast would take it in bfloat16, and training would choose otherwise than inference.
+    return (mean_query[:, None] * keys).sum((-2, -1)) / (dim**0.5 * mean_query.shape[1])
 
 
 def top_chunks(scores: torch.Tensor, chunk_ids: list[int], top_k: int) -> torch.Tensor:

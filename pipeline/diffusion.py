@@ -22,7 +22,7 @@ from pipeline.bidirectional import sample_clip
 from pipeline.generator_stage import CausalGeneratorStage, Generator, GeneratorStage
 from pipeline.losses import flow_loss
 from pipeline.rollout import Prompts, prompt_noise
-from pipeline.stage_parts import LatentData, TextConditioning
+from pipeline.stage_parts import LatentData, TextConditioning, load_wan
 from pipeline.trainer import StepPlan
 from utils.config import Config, ConfigError, LossWeighting
 from utils.distributed import World
@@ -142,7 +142,7 @@ class TeacherStage(FlowMatchingStage):
 
     def _build(self, text_dim: int) -> WanTransformer3DModel:
         if self.config.train.init_from is not None:
-            model = WanTransformer3DModel.from_pretrained(self.config.train.init_from, torch_dtype=torch.float32)
+            model = load_wan(self.config.train.init_from, "train.init_from")
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.config.seed)
@@ -185,7 +185,7 @@ class ARDiffusionStage(FlowMatchingStage, CausalGeneratorStage):
             torch.manual_seed(self.config.seed)
             if self.config.train.init_from is None:
                 return CausalWanModel(**self._settings(text_dim), **extra).train()
-            teacher = WanTransformer3DModel.from_pretrained(self.config.train.init_from, torch_dtype=torch.float32)
+            teacher = load_wan(self.config.train.init_from, "train.init_from")
             return CausalWanModel.from_wan(teacher, **extra).train()
 
     def _context(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 
 from model.causal_wan import CausalWanModel
 from model.matmul_attention import prepare_for_cpu
-from pipeline.stage_parts import TextConditioning, need_folder
+from pipeline.stage_parts import TextConditioning, load_wan, need_folder
 from utils.bundle import load_transformer, transformer_settings
 from utils.checkpoint import cast_weights
 from utils.config import Config, ConfigError, SamplerKind
@@ -76,16 +76,13 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
     if config.model.random_init and path is None:
         return prepare(_random_score(dict(student.config), config.seed), config, device, dtype)
     folder = need_folder(path, key, "a WanTransformer3DModel")
-    try:
-        if config.model.random_init and not any(folder.glob("*.safetensors*")):
-            model = _random_score(WanTransformer3DModel.load_config(folder), config.seed)
-        else:
-            model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"setting `{key}` is {folder}: not a WanTransformer3DModel ({_first_line(error)})") from error
+    if config.model.random_init and not any(folder.glob("*.safetensors*")):
+        model = _random_score(WanTransformer3DModel.load_config(folder), config.seed)
+    else:
+        model = load_wan(path, key, dtype)
     if model.config.in_channels != student.config.in_channels:
         raise ConfigError(
-            f"setting `{key}` is {folder}: a model of {model.config.in_channels} latent channels, the student has "
+            f"setting `{key}` is {path}: a model of {model.config.in_channels} latent channels, the student has "
             f"{student.config.in_channels}"
         )
     _check_text(model, text, key)

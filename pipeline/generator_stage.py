@@ -57,7 +57,7 @@ class GeneratorStage(Stage):
         return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(self.device)
 
     @torch.no_grad()
-    def sample(self, step: int, folder: Path, ema: Weights | None) -> dict[str, float]:
+    def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
         """Videos of `train.sample_frames` in `folder` and, where asked for, longer ones in `folder/long`."""
         config, train = self.config, self.config.train
         prompts = sample_prompts(config)
@@ -73,6 +73,9 @@ class GeneratorStage(Stage):
         ):
             embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()
             latents = self._generate(prompts, embeds[:-1], embeds[-1:], step).float()
+            if folder is None:
+                module.train()
+                return {}
             vae, short = self.vae(), train.sample_frames
             scores = write_samples(folder, prompts, latents[:, :, :short], vae, config.video.fps)
             if latents.shape[2] > short:
@@ -85,12 +88,14 @@ class GeneratorStage(Stage):
         """Prompts, their embeddings [P, text_len, text_dim], negative [1, ...] -> sampled latents [P, C, F, H, W]."""
         raise NotImplementedError
 
-    def export(self, folder: Path, ema: Weights | None) -> None:
+    def export(self, folder: Path | None, ema: Weights | None) -> None:
         """A bundle (`utils/bundle.py`): transformer and text encoder in bfloat16, and the VAE as it is."""
         module = self.modules["generator"]
         with swapped_in(module, None if ema is None else ema["generator"]):
-            save_exported(self.transformer, folder / "transformer")
+            save_exported(self.transformer, folder, "transformer")
             self.text.save(folder)
+        if folder is None:
+            return
         FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
 

@@ -13,7 +13,7 @@ from model.geometry import WAN_PATCH_SIZE
 from pipeline.sharding import shard_size
 from pipeline.stage_parts import need_folder
 from pipeline.vae import build_vae
-from utils.bundle import read_json, transformer_settings, vae_shape_of
+from utils.bundle import read_json, transformer_settings, transformer_source, vae_shape_of
 from utils.config import Config, ConfigError, SamplerKind
 from utils.config import Stage as StageName
 from utils.distributed import World
@@ -32,6 +32,8 @@ def check_run(config: Config, world: World, logdir: Path, save: bool) -> None:
     check_plan(config, world.size)
     check_ranks(config, world)
     check_shapes(config)
+    if config.train.stage in DISTILLED:
+        check_models(config)
     if save:
         check_disk(config, logdir)
 
@@ -78,11 +80,47 @@ def check_shapes(config: Config) -> None:
         if size % unit:
             raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} px (VAE stride x patch)")
     if config.train.stage != StageName.teacher:
+        clip, whole = vae.latent_frames(config.data.clip_frames), not config.train.phases
+        rendered = config.data.kind == "sprites" and config.train.stage != StageName.dmd
+        if rendered and whole and clip % video.frames_per_chunk:
+            raise ConfigError(
+                f"setting `data.clip_frames` is {config.data.clip_frames}, {clip} latent frames: these must be "
+                f"a multiple of video.frames_per_chunk={video.frames_per_chunk}"
+            )
         for i, phase in enumerate(config.train.phases):
             if phase.frames % video.frames_per_chunk:
                 raise ConfigError(
                     f"setting `train.phases[{i}].frames` is {phase.frames}: must be a multiple of "
                     f"video.frames_per_chunk={video.frames_per_chunk}"
+                )
+
+
+def check_models(config: Config) -> None:
+    """That what a distillation stage loads is there, and that student, VAE and scores are of one world; reads nothing
+    but their config files."""
+    model, student = config.model, transformer_settings(config)
+    if not model.random_init and not transformer_source(config).exists():
+        key = "model.bundle" if model.checkpoint is None else "model.checkpoint"
+        raise ConfigError(f"setting `{key}`: there is no transformer {transformer_source(config)}")
+    if config.data.kind == "prompts" and config.data.path is not None and not Path(config.data.path).is_file():
+        raise ConfigError(f"setting `data.path` is {config.data.path}: there is no such file of prompts")
+    vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
+    if vae.channels != student["in_channels"]:
+        raise ConfigError(
+            f"setting `data.vae` is {config.data.vae}: its latents have {vae.channels} channels, those of the student "
+            f"(model.bundle) {student['in_channels']}"
+        )
+    if config.train.stage != StageName.dmd:
+        return
+    for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
+        if path is None and (model.random_init or key == "dmd.critic"):
+            continue  # a random one of the student's shape; the teacher's
+        settings = read_json(need_folder(path, key, "a WanTransformer3DModel") / "config.json")
+        for name in ("in_channels", "text_dim"):
+            own = settings.get(name, WAN_SETTINGS[name].default)
+            if own != student[name]:
+                raise ConfigError(
+                    f"setting `{key}` is {path}: its {name} is {own}, the student's (model.bundle) is {student[name]}"
                 )
 
 

@@ -60,12 +60,13 @@ class Stage(ABC):
         """Mean over the batch's samples (float32 scalar with gradient), and numbers to log."""
 
     @abstractmethod
-    def sample(self, step: int, folder: Path, ema: Weights | None) -> dict[str, float]:
-        """Write videos of the fixed prompts to `folder`, from the EMA where there is one; returns numbers to log."""
+    def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
+        """Write videos of the fixed prompts to `folder`, from the EMA where there is one; returns numbers to log.
+        Without a folder, on a rank that holds shards: take part in what is collective, write nothing."""
 
     @abstractmethod
-    def export(self, folder: Path, ema: Weights | None) -> None:
-        """Write what later stages and inference load, from the EMA where there is one."""
+    def export(self, folder: Path | None, ema: Weights | None) -> None:
+        """Write what later stages and inference load, from the EMA where there is one; without a folder as above."""
 
     def compile(self) -> None:  # noqa: B027 - a stage may have nothing to compile
         """Compile what is worth it."""

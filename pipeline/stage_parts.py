@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from pipeline.latents import write_latents
 from pipeline.prompts import data_prompts, fixed_prompts
 from pipeline.sharding import plain_copy
-from utils.bundle import vae_shape_of
-from utils.checkpoint import cast_weights, content_hash
+from utils.bundle import load_library_model, vae_shape_of
+from utils.checkpoint import CheckpointError, cast_weights, content_hash
 from utils.config import Config, ConfigError, TextPlacement
 from utils.data import LatentClips, sprite_clips
 from utils.distributed import World
@@ -136,10 +136,14 @@ class TextConditioning:
             embeddings = encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
         return embeddings.to(self.device, torch.float32)
 
-    def save(self, folder: Path) -> None:
-        """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded."""
+    def save(self, folder: Path | None) -> None:
+        """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded. Without
+        a folder: only take part in gathering a sharded encoder."""
         if self.encoder is not None:
-            save_exported(self.encoder, folder / "text_encoder")
+            save_exported(self.encoder, folder, "text_encoder")
+        if folder is None:
+            return
+        if self.encoder is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
         elif self.source is not None:
             for part in ("text_encoder", "tokenizer"):
@@ -249,8 +253,20 @@ def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module
     return copy
 
 
-def save_exported(model: nn.Module, folder: Path) -> None:
-    """`exported(model)` to `folder`, by the rank that gets the copy."""
+def save_exported(model: nn.Module, folder: Path | None, name: str) -> None:
+    """`exported(model)` to `folder/name`; a rank without a folder only takes part in gathering shards."""
     copy = exported(model)
-    if copy is not None:
-        copy.save_pretrained(folder)
+    if copy is not None and folder is not None:
+        copy.save_pretrained(folder / name)
+
+
+def load_wan(path: str | None, key: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """The bidirectional DiT that setting `key` names, in `dtype` but for what Wan needs in float32.
+
+    Raises `ConfigError` where the setting is unset, or the folder does not hold exactly such a model's weights.
+    """
+    folder = need_folder(path, key, "a WanTransformer3DModel")
+    try:
+        return load_library_model(WanTransformer3DModel, folder, dtype)
+    except CheckpointError as error:
+        raise ConfigError(f"setting `{key}`: {error}") from error

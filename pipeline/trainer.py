@@ -9,7 +9,6 @@ import logging
 import math
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -127,7 +126,7 @@ class Trainer:
         }
         self.step = 0
         self.skipped = 0  # steps without an update, over the whole run
-        self.bad_in_a_row = 0
+        self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
         self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world)
         self.saved_step = self._resume()  # of the last checkpoint
 
@@ -179,15 +178,14 @@ class Trainer:
             if scores:
                 self.tracker.log({f"sample/{key}": value for key, value in scores.items()}, self.step)
 
-    def _written_once(self, write: Callable[[Path], Result], folder: Path) -> Result | None:
-        """Let the stage write to `folder`. Where weights are sharded every rank must run it, as forwards and gathering
-        are collective; what ranks other than the first write is dropped."""
+    def _written_once(self, write: Callable[[Path | None], Result], folder: Path) -> Result | None:
+        """Let the stage write to `folder` on the first rank. Where weights are sharded the others take part without a
+        folder, as forwards and gathering are collective."""
         result = None
         if self.world.is_main:
             result = write(folder)
         elif self.sharded:
-            with tempfile.TemporaryDirectory() as scratch:
-                write(Path(scratch))
+            write(None)
         barrier(self.world)
         return result
 
@@ -195,21 +193,23 @@ class Trainer:
         """One step of every role that is due; returns the mean logs of micro-steps and ranks."""
         logs: dict[str, float] = {}
         for role in self.stage.roles(self.step):
-            logs |= self._update_role(role)
-        if not all(math.isfinite(value) for value in logs.values()):
-            self.bad_in_a_row += 1
+            found = self._update_role(role)
+            logs |= found
+            odd = [name for name, value in found.items() if not math.isfinite(value)]
+            self.bad_in_a_row[role] = self.bad_in_a_row[role] + 1 if odd else 0
+            if not odd:
+                continue
             self.skipped += 1
-            log.warning("step %d: loss or gradient is not finite; no update", self.step)
-            if self.bad_in_a_row >= MAX_BAD_STEPS:
+            log.warning("step %d: %s not finite; no update of the %s", self.step, ", ".join(odd), role)
+            if self.bad_in_a_row[role] >= MAX_BAD_STEPS:
                 raise TrainingDivergedError(
-                    f"step {self.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; "
+                    f"step {self.step}: {odd[0]} was not finite at {MAX_BAD_STEPS} updates of the {role} in a row; "
                     f"the last good checkpoint is in {self.checkpoints.folder}"
                 )
-        else:
-            self.bad_in_a_row = 0
         return logs | {"skipped_steps": self.skipped}
 
     def _update_role(self, role: str) -> dict[str, float]:
+        """Loss, gradient and, where all that is logged of them is finite, the update of a role."""
         state, train = self.states[role], self.config.train
         micros, sums = train.gradient_accumulation, {}
         for micro in range(micros):
@@ -227,7 +227,7 @@ class Trainer:
         means = torch.tensor([sums[key] for key in keys], dtype=torch.float64)
         average([means], self.world)
         logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm} | parts
-        if math.isfinite(norm) and math.isfinite(logs["loss"]):
+        if all(math.isfinite(value) for value in logs.values()):  # the same on every rank
             logs |= state.update(self.step)
         state.zero_grad()
         prefix = "" if len(self.stage.modules) == 1 else f"{role}/"
@@ -282,7 +282,7 @@ class Trainer:
             torch.set_rng_state(tensors["rng"][f"cpu-{self.world.rank}"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng"][f"cuda-{self.world.rank}"])
-        self.step, self.skipped, self.bad_in_a_row = info["step"], info["skipped"], info["bad_in_a_row"]
+        self.step, self.skipped, self.bad_in_a_row = info["step"], info["skipped"], dict(info["bad_in_a_row"])
         elsewhere = info["samples"] - self.plan.samples_before(self.step)
         self.plan = replace(self.plan, taken_elsewhere=elsewhere)
         log.info("resumed from %s", path)

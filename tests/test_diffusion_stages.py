@@ -162,6 +162,23 @@ def test_samples_are_written_with_sidecars_and_do_not_touch_the_weights(config, 
     assert all(torch.equal(value, before[key]) for key, value in stage.transformer.state_dict().items())
 
 
+def test_videos_of_other_prompts_are_not_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.samples.read_seconds", None)  # minutes for a real video, for nothing
+    config.train.sample_prompts = ["a red circle bounces over a blue plain", "a cat on a mat"]
+    assert TeacherStage(config, CPU, World()).sample(0, tmp_path, None) == {}
+    assert (tmp_path / "001.mp4").is_file()
+
+
+def test_a_rank_without_a_folder_writes_nothing(config, tmp_path, monkeypatch):
+    config.train.sample_prompts = ["a red circle bounces over a blue plain"]
+    stage = ARDiffusionStage(config, CPU, World())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ARDiffusionStage, "vae", None)  # nor does it decode
+    assert stage.sample(0, None, None) == {} and stage.modules["generator"].training
+    stage.export(None, None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_clips_that_do_not_fit_the_chunk_are_refused(config):
     config.video.frames_per_chunk = 3
     with pytest.raises(ConfigError, match="2 latent frames.*frames_per_chunk=3"):

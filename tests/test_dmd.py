@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings, write_world
 from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, sigma_of, snapped
+from safetensors.torch import load_file, save_file
 from toy import randn
 
+from pipeline.preflight import check_models
 from pipeline.prompt_data import LatentReference
-from pipeline.trainer import Trainer
+from pipeline.trainer import Trainer, TrainingDivergedError
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.tracking import Tracker
@@ -240,6 +243,48 @@ def test_scores_must_see_the_students_latents_and_prompts(root, tmp_path):
         WanTransformer3DModel(**{**SCORE, **change}, num_layers=1).save_pretrained(tmp_path / message)
         with pytest.raises(ConfigError, match=message):
             make_stage(root, "dmd", f"dmd.critic='{tmp_path / message}'")
+
+
+def test_a_score_that_lacks_weights_is_refused(root, tmp_path):
+    shutil.copytree(root / "teacher", tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({name: x for name, x in load_file(file).items() if not name.startswith("blocks.1.")}, file)
+    with pytest.raises(ConfigError, match="`dmd.teacher`: .*missing_keys, first blocks.1"):
+        make_stage(root, "dmd", f"dmd.teacher={tmp_path}")
+
+
+def test_a_teacher_of_nans_stops_the_run_and_moves_nothing(root, tmp_path):
+    """The gradient that it gives becomes 0, so neither loss nor norm shows it."""
+    config = settings(root, "dmd", ["train.max_steps=20", "dmd.critic_updates=2", "train.checkpoint_every=50"])
+    stage = make_stage(root, "dmd", "dmd.critic_updates=2")
+    with torch.no_grad():
+        stage.teacher.proj_out.weight.fill_(float("nan"))
+    before = {name: p.detach().clone() for name, p in stage.modules["generator"].named_parameters()}
+    tracker = Tracker(tmp_path, None, "test", {}, is_main=True)
+    with pytest.raises(TrainingDivergedError, match="generator/.* 3 updates of the generator in a row"):
+        Trainer(config, stage, World(), tmp_path, tracker, CPU, save=False, visualize=False).run()
+    assert all(torch.equal(p, before[name]) for name, p in stage.modules["generator"].named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dmd.teacher": "/nowhere"}, "`dmd.teacher` is /nowhere"),
+        ({"dmd.critic": "OTHER"}, "`dmd.critic` is .*: its in_channels is 6"),
+        ({"model.checkpoint": "/nowhere.pt"}, "`model.checkpoint`: there is no transformer /nowhere.pt"),
+        ({"data.kind": "prompts", "data.path": "/nowhere.txt"}, "`data.path` is /nowhere.txt"),
+        ({"data.vae": "OTHER_VAE"}, "`data.vae` is .*: its latents have 7 channels"),
+    ],
+)
+def test_what_a_run_lacks_is_found_before_anything_is_loaded(root, tmp_path, change, message):
+    WanTransformer3DModel(**{**SCORE, "in_channels": 6}, num_layers=1).save_pretrained(tmp_path / "score")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"z_dim": 7}')
+    places = {"OTHER": tmp_path / "score", "OTHER_VAE": tmp_path / "vae"}
+    config = settings(root, "dmd", [f"{key}={places.get(value, value)}" for key, value in change.items()])
+    with pytest.raises(ConfigError, match=message):
+        check_models(config)
+    check_models(settings(root, "dmd"))
 
 
 # --- what a rollout is held against ---

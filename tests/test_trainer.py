@@ -86,8 +86,8 @@ def line_config(**train) -> Config:
     return config
 
 
-def run_line(folder: Path, broken=(), save=False, **train) -> tuple[Trainer, dict[str, torch.Tensor]]:
-    config, stage = line_config(**train), LineStage(broken)
+def run_line(folder: Path, broken=(), save=False, stage=None, **train) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    config, stage = line_config(**train), stage or LineStage(broken)
     folder.mkdir(exist_ok=True)
     tracker = Tracker(folder, None, "test", {}, is_main=True)
     trainer = Trainer(config, stage, World(), folder, tracker, CPU, save=save, visualize=False)
@@ -118,7 +118,7 @@ def test_a_broken_step_is_skipped_and_counted(tmp_path):
 
 
 def test_three_broken_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(TrainingDivergedError, match="3 times in a row"):
+    with pytest.raises(TrainingDivergedError, match="3 updates of the generator in a row"):
         run_line(tmp_path, broken=(2, 3, 4), save=True, checkpoint_every=2)
     kept = list_checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in kept][0] == "step-00000002"
@@ -156,6 +156,32 @@ def test_sample_indices_do_not_depend_on_how_ranks_and_micro_steps_share_them():
     taken = [i for step in range(5) for micro in (0, 1) for rank in (0, 1) for i in plan.indices(step, micro, rank)]
     assert taken == list(range(2 * 12 + 3 * 4))
     assert plan.samples_before(5) == len(taken)
+
+
+class TwoRoleStage(LineStage):
+    """A second role is due at every third step; what it logs beside its loss is not finite at the listed ones."""
+
+    def __init__(self, broken=()):
+        super().__init__(broken)
+        self.modules["student"] = nn.Linear(3, 1)
+
+    def roles(self, step):
+        return ("generator", "student") if step % 3 == 2 else ("generator",)
+
+    def loss(self, role, batch, step):
+        error = self.modules[role](batch["inputs"]) - batch["targets"]
+        bad = role == "student" and step in self.broken
+        return error.square().mean(), {"seen": float("nan") if bad else 1.0}
+
+
+def test_bad_updates_of_a_role_that_is_seldom_due_stop_the_run(tmp_path):
+    stage = TwoRoleStage(broken=(5, 8, 11))
+    start = {name: p.detach().clone() for name, p in stage.modules["student"].named_parameters()}
+    with pytest.raises(TrainingDivergedError, match="step 11: student/seen .* 3 updates of the student in a row"):
+        run_line(tmp_path / "stopped", stage=stage, max_steps=20)
+    moved = {name: (p - start[name]).abs().max().item() for name, p in stage.modules["student"].named_parameters()}
+    assert all(value > 0 for value in moved.values())  # by step 2
+    run_line(tmp_path / "other", stage=TwoRoleStage(broken=(2, 5, 11)), max_steps=20)  # never three in a row
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
