@@ -172,11 +172,12 @@ def test_videos_of_other_prompts_are_not_read(config, tmp_path, monkeypatch):
 def test_a_rank_without_a_folder_writes_nothing(config, tmp_path, monkeypatch):
     config.train.sample_prompts = ["a red circle bounces over a blue plain"]
     stage = ARDiffusionStage(config, CPU, World())
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(ARDiffusionStage, "vae", None)  # nor does it decode
     assert stage.sample(0, None, None) == {} and stage.modules["generator"].training
     stage.export(None, None)
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_clips_that_do_not_fit_the_chunk_are_refused(config):
