@@ -1,0 +1,34 @@
+"""The sprite world's chain from nothing: every stage finds what the one before left, and the last makes a video."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("configs", "model", "pipeline", "utils", "scripts", "prompts", "train.py", "inference_packforcing.py")
+SHORT = ("train.max_steps=1", "data.num_clips=4", "data.num_stills=4", "train.sample_every=0", "train.compile=false")
+
+
+def run(folder: Path, *command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "RANKS": "1", "MASTER_PORT": "29571"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_every_stage_goes_on_from_the_one_before(tmp_path):
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    run(tmp_path, "bash", "scripts/train_tiny.sh", *SHORT)
+    again = run(tmp_path, "bash", "scripts/train_tiny.sh", *SHORT)
+    assert again.count("resumed from") == 6
+    options = ["--config_path=configs/tiny/demo.yaml", "--data_path=prompts/tiny_demo.txt", "--output_folder=videos"]
+    run(tmp_path, sys.executable, "inference_packforcing.py", *options, "--seconds=2", "model.bundle=runs/dmd/bundle")
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
