@@ -52,7 +52,10 @@ class Generated:
 
 
 class DMDStage(CausalGeneratorStage):
-    """Generator and critic against a frozen teacher; five updates of the critic to one of the generator."""
+    """Generator and critic against a frozen teacher; `dmd.critic_updates` of the critic to one of the generator.
+
+    What is logged of the generator, the critic's lag included, is logged at the steps at which it is due.
+    """
 
     name = "dmd"
 

@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 USAGE_ERROR = 2
+COLOURS = matplotlib.colormaps["tab20"]
 SMOOTHING = 1 / 25  # of a run's records, under one running median
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
@@ -81,7 +82,7 @@ def draw(axis: plt.Axes, title: str, curves: Curves, logarithmic: bool) -> None:
     sparse = title == "sample videos read right"
     for index, (key, (steps, values)) in enumerate(sorted(curves.items())):
         finite = np.isfinite(values) & ((values > 0) | (not logarithmic))
-        steps, values, colour = steps[finite], values[finite], f"C{index % 10}"
+        steps, values, colour = steps[finite], values[finite], COLOURS(index % COLOURS.N)
         label = key.removeprefix("sample/")
         if sparse:
             axis.plot(steps, values, "o-", color=colour, label=label, markersize=3, linewidth=1)
