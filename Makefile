@@ -4,9 +4,9 @@ READY := .venv/.ready
 
 .PHONY: demo train-tiny test lint
 
-demo: $(READY) ## two prompts, 30 s each, on the CPU or the GPU that is there
+demo: $(READY) ## two prompts, 120 s each, on the CPU or the GPU that is there
 	$(BIN)/python inference_packforcing.py --config_path configs/tiny/demo.yaml --data_path prompts/tiny_demo.txt \
-		--output_folder output/demo --seconds 30
+		--output_folder output/demo --seconds 120
 	@echo "Look at output/demo/*.mp4"
 
 train-tiny: $(READY) ## the small models from nothing, on a CPU, in hours; goes on where it was stopped
