@@ -86,13 +86,12 @@ class CausalWanModel(WanTransformer3DModel):
             text_dim=text_dim,
             freq_dim=freq_dim,
             ffn_dim=ffn_dim,
-            num_layers=0,  # Wan's own blocks would only be thrown away
+            num_layers=num_layers,
             cross_attn_norm=cross_attn_norm,
             qk_norm=qk_norm,
             eps=eps,
             rope_max_seq_len=rope_max_seq_len,
         )
-        self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
         self.rope = None  # positions come by formula (model/rope.py), not from a table
         self.blocks = nn.ModuleList(
