@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from model.causal_wan import CausalWanModel
 from model.matmul_attention import prepare_for_cpu
 from pipeline.stage_parts import TextConditioning, load_wan, need_folder
-from utils.bundle import load_transformer, transformer_settings
+from utils.bundle import load_transformer, read_json, transformer_settings
 from utils.checkpoint import cast_weights
 from utils.config import Config, ConfigError, SamplerKind
 
@@ -77,7 +77,7 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
         return prepare(_random_score(dict(student.config), config.seed), config, device, dtype)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     if config.model.random_init and not any(folder.glob("*.safetensors*")):
-        model = _random_score(WanTransformer3DModel.load_config(folder), config.seed)
+        model = _random_score(read_json(folder / "config.json"), config.seed)
     else:
         model = load_wan(path, key, dtype)
     if model.config.in_channels != student.config.in_channels:
@@ -119,7 +119,3 @@ def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) 
             f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, those of "
             f"train.text_from or data.text_embeddings are {text.text_dim} wide"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
