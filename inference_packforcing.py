@@ -20,11 +20,12 @@ import warnings
 import diffusers
 import transformers
 
-from pipeline.inference import Generator, make_cache, resolve_runtime, weight_hashes
-from pipeline.jobs import check_output_folder, is_finished, plan, read_prompts, resolved
-from utils.bundle import VAEShape, check_bundle, vae_shape
+from pipeline.bundle import VAEShape, check_bundle, vae_shape
+from pipeline.data.prompts import read_prompts
+from pipeline.generate.inference import Generator, make_cache, resolve_runtime, weight_hashes
+from pipeline.generate.jobs import check_output_folder, is_finished, plan, resolved
 from utils.config import Config, ConfigError
-from utils.config_loading import load_config, validate
+from utils.load_config import load_config, validate
 from utils.video import PARTIAL_SUFFIX
 
 log = logging.getLogger("inference")

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from pipeline.preflight import check_run
-from pipeline.stage import build_stage
-from pipeline.trainer import Trainer, TrainingDivergedError
+from pipeline.train.checks import check_run
+from pipeline.train.method import build_stage
+from pipeline.train.trainer import Trainer, TrainingDivergedError
 from utils.config import Config, ConfigError
-from utils.config_loading import load_config, to_yaml
 from utils.distributed import World, rank
+from utils.load_config import load_config, to_yaml
 from utils.tracking import Tracker
 
 USAGE_ERROR, DIVERGED = 2, 1

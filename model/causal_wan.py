@@ -5,7 +5,7 @@
 (c) a plain chunk-causal pass over a noisy clip with a timestep per frame (diffusion forcing).
 
 Modules and parameter names are those of `diffusers.WanTransformer3DModel`. The model only reads the cache: what a chunk
-adds to it is returned, and `pipeline.rollout` alone commits it.
+adds to it is returned, and `pipeline.generate.rollout` alone commits it.
 
 Shape letters: B batch, C latent channels, F latent frames, H W latent size, L tokens, G timestep groups, D head dim.
 """
@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import nn
 
 from model.attention import clip_mask
-from model.causal_block import CausalWanBlock, ChunkKV, MidTokens, TextKV
+from model.block import CausalWanBlock, ChunkKV, MidTokens, TextKV
 from model.compressor import HRSpatialCompressor
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation

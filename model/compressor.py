@@ -32,7 +32,10 @@ class HRSpatialCompressor(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [B, C, F, H, W] -> hidden tokens [B, F*h'*w', dim], time-major."""
         grid = ChunkGeometry(latents.shape[2], *latents.shape[-2:]).pooled_grid(self.spatial_stages)
-        hidden = self.net(latents)  # [B, dim, F, ~H/2^n, ~W/2^n]
+        # Autocast would take the convolutions in bfloat16, whose backward oneDNN gets wrong on grids of a few tokens
+        # where a CPU has no AMX; in the weights' own dtype they cost nothing beside the DiT.
+        with torch.autocast(latents.device.type, enabled=False):
+            hidden = self.net(latents.to(self.net[0].weight.dtype))  # [B, dim, F, ~H/2^n, ~W/2^n]
         hidden = F.adaptive_avg_pool3d(hidden, grid)  # [B, dim, F, h', w']
         return hidden.flatten(2).transpose(1, 2)  # [B, F*h'*w', dim]
 

@@ -1,7 +1,7 @@
 """Where the time of a chunk goes, and how far it is from its floor.
 
-    python scripts/bench_inference.py --config_path configs/bench_cpu.yaml --chunks 12
-    python scripts/bench_inference.py --config_path configs/bench_cpu.yaml --chunks 12 cache.top_k=4 inference.threads=1
+    python -m scripts.bench_inference --config_path configs/bench_cpu.yaml --chunks 12
+    python -m scripts.bench_inference --config_path configs/bench_cpu.yaml --chunks 12 cache.top_k=4 inference.threads=1
 
 Weights are random with `model.random_init`. The cache is filled first; then `--chunks` chunks are timed.
 After each of them its *floor* runs: for every forward and layer only the matmuls (q, k, v, o, cross q, o, both ffn) and
@@ -21,18 +21,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from model.attention import attend  # noqa: E402
-from model.causal_wan import CausalWanModel  # noqa: E402
-from model.chunk_context import ChunkContext  # noqa: E402
-from model.kv_cache import PackCache  # noqa: E402
-from pipeline.inference import load_model, resolve_runtime  # noqa: E402
-from pipeline.rollout import Prompts, Rollout, prompt_noise  # noqa: E402
-from utils.bundle import vae_shape  # noqa: E402
-from utils.config import Config, ConfigError, SamplerKind  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.timing import Stopwatch, device_name, peak_memory, synchronise  # noqa: E402
+from model.attention import attend
+from model.cache.cache import PackCache
+from model.cache.context import ChunkContext
+from model.causal_wan import CausalWanModel
+from pipeline.bundle import vae_shape
+from pipeline.generate.inference import load_model, resolve_runtime
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from utils.config import Config, ConfigError, SamplerKind
+from utils.load_config import load_config
+from utils.timing import Stopwatch, device_name, peak_memory, synchronise
 
 
 @torch.no_grad()
@@ -84,7 +82,7 @@ def vae_seconds(config: Config, device: torch.device, dtype: torch.dtype, latent
     """Median seconds to decode one chunk, the first (which yields fewer frames) left out."""
     from diffusers import AutoencoderKLWan
 
-    from pipeline.streaming_vae import StreamingDecoder
+    from pipeline.generate.vae_stream import StreamingDecoder
 
     if config.model.bundle is None:
         vae = AutoencoderKLWan()
@@ -106,7 +104,7 @@ def text_seconds(config: Config, device: torch.device) -> float | None:
         return None
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from utils.text import encode_text
+    from pipeline.text import encode_text
 
     folder = Path(config.model.bundle)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

@@ -1,9 +1,9 @@
 """Where the time and memory of a DMD step go.
 
-    python scripts/bench_train.py --config_path configs/tiny/dmd.yaml
-    python scripts/bench_train.py --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml \\
+    python -m scripts.bench_train --config_path configs/tiny/dmd.yaml
+    python -m scripts.bench_train --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml \\
         model.random_init=true
-    torchrun --nproc_per_node=8 scripts/bench_train.py --config_path ... model.random_init=true
+    torchrun --nproc_per_node=8 -m scripts.bench_train --config_path ... model.random_init=true
 
 The trainer runs the stage as in training, nothing is saved. Every step updates critic and generator; what a step of the
 real run costs on average (the generator only every `dmd.critic_updates`-th time) is worked out. The denoising step at
@@ -32,22 +32,20 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.geometry import WAN_PATCH_SIZE  # noqa: E402
-from pipeline.dmd import DMDStage  # noqa: E402
-from pipeline.optimizer import RoleState  # noqa: E402
-from pipeline.prompts import fixed_prompts  # noqa: E402
-from pipeline.trainer import Trainer  # noqa: E402
-from utils.bundle import transformer_settings  # noqa: E402
-from utils.config import Config, ConfigError  # noqa: E402
-from utils.config import Stage as StageName  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import World, rank  # noqa: E402
-from utils.rng import keyed_randn  # noqa: E402
-from utils.shards import PLAN, write_json  # noqa: E402
-from utils.text_embeddings import plan_of, write_shard  # noqa: E402
-from utils.timing import Stopwatch, device_name, peak_memory  # noqa: E402
+from model.geometry import WAN_PATCH_SIZE
+from pipeline.bundle import transformer_settings
+from pipeline.data.prompts import fixed_prompts
+from pipeline.data.shards import PLAN, write_json
+from pipeline.data.text_embeddings import plan_of, write_shard
+from pipeline.train.dmd import DMDStage
+from pipeline.train.state import RoleState
+from pipeline.train.trainer import Trainer
+from utils.config import Config, ConfigError
+from utils.config import Stage as StageName
+from utils.distributed import World, rank
+from utils.load_config import load_config
+from utils.rng import keyed_randn
+from utils.timing import Stopwatch, device_name, peak_memory
 
 USAGE_ERROR = 2
 ROLES = ("critic", "generator")

@@ -1,7 +1,7 @@
 """Hold the model against recorded reference values.
 
-    python scripts/check_golden.py tests/data/golden
-    python scripts/check_golden.py DIR --tolerance 1e-4
+    python -m scripts.check_golden tests/data/golden
+    python -m scripts.check_golden DIR --tolerance 1e-4
 
 DIR holds `meta.json`, `wan_weights.safetensors` (Wan2.1 names), `hr_compressor_weights.safetensors` and
 `io.safetensors`, and optionally `dmd.safetensors`; other dims and seeds work too. A case is one recorded output tensor;
@@ -19,14 +19,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from model.causal_wan import CausalWanModel  # noqa: E402
-from model.kv_cache import PackCache  # noqa: E402
-from model.schedule import FlowMatchSchedule  # noqa: E402
-from pipeline.losses import dmd_loss, flow_loss, guided, kl_gradient  # noqa: E402
-from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, Refresh, Selection, SizeUnit, Temporal  # noqa: E402
-from utils.convert import diffusers_to_wan, wan_to_diffusers  # noqa: E402
+from model.cache.cache import PackCache
+from model.causal_wan import CausalWanModel
+from model.convert import diffusers_to_wan, wan_to_diffusers
+from model.schedule import FlowMatchSchedule
+from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
+from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, Refresh, Selection, SizeUnit, Temporal
 
 GRADIENT_TOLERANCE = 1e-3  # relative to the recorded tensor's maximum
 DMD_SHIFT, DMD_STEPS, DMD_GUIDANCE = 5.0, [1000, 750, 500, 250], 3.0

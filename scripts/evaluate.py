@@ -1,7 +1,7 @@
 """Read sprite-world videos back and say how much of each caption is right, second by second.
 
-    python scripts/evaluate.py outputs/demo            # every NAME.mp4 with its NAME.json
-    python scripts/evaluate.py outputs/demo/000-a-red-circle.mp4 --json
+    python -m scripts.evaluate outputs/demo            # every NAME.mp4 with its NAME.json
+    python -m scripts.evaluate outputs/demo/000-a-red-circle.mp4 --json
 
 Each attribute has two scores: over the seconds of videos whose caption states it, and over those whose caption leaves
 it out, where right means "as in seconds 1 to 4 of the same video". "moving" is whether a sprite is there and does not
@@ -15,11 +15,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.metrics import MARKED, Mark, accuracy, read_seconds, score  # noqa: E402
-from utils.sprite_world import parse_caption  # noqa: E402
-from utils.video import PARTIAL_SUFFIX, read_video  # noqa: E402
+from utils.sprites.read import MARKED, Mark, accuracy, read_seconds, score
+from utils.sprites.world import parse_caption
+from utils.video import PARTIAL_SUFFIX, read_video
 
 WINDOWS = {"0-5 s": range(0, 5), "10-20 s": range(10, 20), "25-30 s": range(25, 30), "50-60 s": range(50, 60),
            "110-120 s": range(110, 120)}  # fmt: skip

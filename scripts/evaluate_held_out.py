@@ -1,9 +1,9 @@
 """How much of held-out sprite-world captions a model gets right, second by second, at any length and cache setting.
 
-    python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --seconds 5
-    python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --captions 16 --seconds 60 cache.top_k=4
-    python scripts/evaluate_held_out.py --config_path configs/tiny/demo.yaml --pairs unseen --output_folder output/new
-    python scripts/evaluate_held_out.py --config_path configs/tiny/ar_demo.yaml --teacher \
+    python -m scripts.evaluate_held_out --config_path configs/tiny/demo.yaml --seconds 5
+    python -m scripts.evaluate_held_out --config_path configs/tiny/demo.yaml --captions 16 --seconds 60 cache.top_k=4
+    python -m scripts.evaluate_held_out --config_path configs/tiny/demo.yaml --pairs unseen --output_folder output/new
+    python -m scripts.evaluate_held_out --config_path configs/tiny/ar_demo.yaml --teacher \
         bundles/tiny_teacher/transformer sampler.num_steps=16 sampler.guidance=4
 
 The captions are the first of the held-out split (clips from index 1,000,000 on): `seen` combinations of colour and
@@ -28,19 +28,17 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from pipeline.bidirectional import sample_clip  # noqa: E402
-from pipeline.inference import Generator, make_cache, resolve_runtime  # noqa: E402
-from pipeline.rollout import NoiseSource, Prompts, Rollout, prompt_noise  # noqa: E402
-from pipeline.streaming_vae import StreamingDecoder  # noqa: E402
-from scripts.evaluate import print_table, summarise  # noqa: E402
-from utils.bundle import check_bundle, load_library_model, vae_shape  # noqa: E402
-from utils.config import Config, ConfigError  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.metrics import Mark, read_seconds, score  # noqa: E402
-from utils.sprite_world import HELD_OUT_START, caption, parse_caption, sample_spec  # noqa: E402
-from utils.video import VideoWriter, to_uint8  # noqa: E402
+from pipeline.bundle import check_bundle, load_library_model, vae_shape
+from pipeline.generate.bidirectional import sample_clip
+from pipeline.generate.inference import Generator, make_cache, resolve_runtime
+from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
+from pipeline.generate.vae_stream import StreamingDecoder
+from scripts.evaluate import print_table, summarise
+from utils.config import Config, ConfigError
+from utils.load_config import load_config
+from utils.sprites.read import Mark, read_seconds, score
+from utils.sprites.world import HELD_OUT_START, caption, parse_caption, sample_spec
+from utils.video import VideoWriter, to_uint8
 
 
 def conditioning(generator: Generator, prompts: list[str], first: int) -> tuple[Prompts, NoiseSource]:

@@ -1,7 +1,7 @@
 """Export the generator and its EMA from a training checkpoint; needs no other rank and no GPU.
 
-    python scripts/export_checkpoint.py runs/dmd/checkpoints/step-00003000 generator.pt
-    python scripts/export_checkpoint.py runs/dmd generator_folder --use_ema --dtype bfloat16
+    python -m scripts.export_checkpoint runs/dmd/checkpoints/step-00003000 generator.pt
+    python -m scripts.export_checkpoint runs/dmd generator_folder --use_ema --dtype bfloat16
 
 CHECKPOINT is a `step-N` folder, or a run's folder (its last checkpoint). OUTPUT ending in .pt gets the layout of
 Self-Forcing, Causal-Forcing and PackForcing: `generator` and, where there is an EMA, `generator_ema`, with Wan2.1's
@@ -15,13 +15,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from pipeline.checkpoints import list_checkpoints, read_info, read_into, tensor_shapes  # noqa: E402
-from pipeline.sharding import model_from_config  # noqa: E402
-from utils.checkpoint import cast_weights, load_weights  # noqa: E402
-from utils.config import ConfigError  # noqa: E402
-from utils.convert import diffusers_to_wan  # noqa: E402
+from model.convert import diffusers_to_wan
+from model.weights import cast_weights, load_weights
+from pipeline.train.checkpoints import list_checkpoints, read_info, read_into, tensor_shapes
+from pipeline.train.parallel import model_from_config
+from utils.config import ConfigError
 
 ROLE = "generator"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

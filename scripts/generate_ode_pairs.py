@@ -1,7 +1,7 @@
 """Write sampling trajectories of the AR-diffusion model, for causal ODE regression (`train.stage=ode`).
 
-    python scripts/generate_ode_pairs.py --config_path configs/tiny/ode.yaml
-    torchrun --nproc_per_node=8 scripts/generate_ode_pairs.py --config_path configs/causal_ode_chunkwise_64gpu.yaml
+    python -m scripts.generate_ode_pairs --config_path configs/tiny/ode.yaml
+    torchrun --nproc_per_node=8 -m scripts.generate_ode_pairs --config_path configs/causal_ode_chunkwise_64gpu.yaml
 
 The model is that of the `model` section; prompts are those of `data`; the rollout is the one of inference with the
 configured cache, `ode.grid_steps` Euler steps and guidance `ode.guidance`. Shards go to `ode.path`. Started again, it
@@ -11,21 +11,18 @@ writes what is missing.
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pipeline.distillation import check_student, latent_size, load_student, load_text  # noqa: E402
-from pipeline.prompt_data import PromptData  # noqa: E402
-from pipeline.stage_parts import need_folder  # noqa: E402
-from pipeline.trajectories import grid_points, write_trajectories  # noqa: E402
-from utils.bundle import transformer_source, vae_shape_of  # noqa: E402
-from utils.checkpoint import content_hash  # noqa: E402
-from utils.config import Config, ConfigError  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import World, rank  # noqa: E402
+from model.weights import content_hash
+from pipeline.bundle import transformer_source, vae_shape_of
+from pipeline.train.prompt_data import PromptData
+from pipeline.train.roles import check_student, latent_size, load_student, load_text
+from pipeline.train.stage_parts import need_folder
+from pipeline.train.trajectories import grid_points, write_trajectories
+from utils.config import Config, ConfigError
+from utils.distributed import World, rank
+from utils.load_config import load_config
 
 USAGE_ERROR = 2
 

@@ -1,7 +1,7 @@
 """Training curves as a picture, from the `log.jsonl` of one or several runs.
 
-    python scripts/plot_training.py runs/dmd
-    python scripts/plot_training.py runs/teacher_motion runs/consistency runs/dmd --output docs/training.png
+    python -m scripts.plot_training runs/dmd
+    python -m scripts.plot_training runs/teacher_motion runs/consistency runs/dmd --output docs/training.png
 
 A row per run: losses; gradient norms; what tells a bad run early, where the stage logs it; readings of the sample
 videos, where their prompts are sprite-world captions. Faint: as logged; strong: a running median.
@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 USAGE_ERROR = 2
 COLOURS = matplotlib.colormaps["tab20"]

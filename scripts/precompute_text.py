@@ -1,8 +1,8 @@
 """Embed the prompts of a training run once, so that training needs no text encoder.
 
-    python scripts/precompute_text.py --config_path configs/tiny/dmd.yaml data.text_embeddings=runs/text
+    python -m scripts.precompute_text --config_path configs/tiny/dmd.yaml data.text_embeddings=runs/text
     python train.py --config_path configs/tiny/dmd.yaml data.text_embeddings=runs/text
-    torchrun --nproc_per_node=8 scripts/precompute_text.py --config_path configs/wan_base.yaml \\
+    torchrun --nproc_per_node=8 -m scripts.precompute_text --config_path configs/wan_base.yaml \\
         --prompts prompts/train.txt data.text_embeddings=data/text
 
 Embedded are the config's negative and sample prompts and, without --prompts, those of `data` (lines of a file, captions
@@ -14,16 +14,12 @@ already is kept, so a stopped run goes on, and prompts can be added to a folder 
 import argparse
 import logging
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pipeline.jobs import read_prompts  # noqa: E402
-from pipeline.precompute import embed_prompts  # noqa: E402
-from pipeline.prompts import data_prompts, fixed_prompts  # noqa: E402
-from utils.config import ConfigError  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.distributed import rank  # noqa: E402
+from pipeline.data.precompute import embed_prompts
+from pipeline.data.prompts import data_prompts, fixed_prompts, read_prompts
+from utils.config import ConfigError
+from utils.distributed import rank
+from utils.load_config import load_config
 
 USAGE_ERROR = 2
 

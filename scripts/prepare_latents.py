@@ -1,10 +1,10 @@
 """A folder of videos with captions -> latents to train on (`data.kind=latents`), and embeddings of the captions.
 
-    python scripts/prepare_latents.py --config_path configs/wan_base.yaml --videos ~/videos \\
+    python -m scripts.prepare_latents --config_path configs/wan_base.yaml --videos ~/videos \\
         data.path=data/latents data.vae=ckpt/Wan2.1-T2V-1.3B-Diffusers/vae data.clip_frames=81
-    torchrun --nproc_per_node=8 scripts/prepare_latents.py ... --captions ~/videos/captions.csv \\
+    torchrun --nproc_per_node=8 -m scripts.prepare_latents ... --captions ~/videos/captions.csv \\
         data.text_embeddings=data/text train.text_from=ckpt/Wan2.1-T2V-1.3B-Diffusers
-    python scripts/prepare_latents.py ... --check
+    python -m scripts.prepare_latents ... --check
 
 Captions: without --captions, `clip.txt` beside `clip.mp4`, anywhere below the folder. With it, a .csv file with a
 header or a .jsonl file, one clip per row: `video` (or `path`, `file_name`), relative to the folder; `caption` (or
@@ -28,20 +28,18 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pipeline.precompute import embed_prompts  # noqa: E402
-from pipeline.prompts import fixed_prompts  # noqa: E402
-from pipeline.stage_parts import need_folder  # noqa: E402
-from pipeline.video_latents import check_video_latents, write_video_latents  # noqa: E402
-from utils.checkpoint import content_hash  # noqa: E402
-from utils.config import Config, ConfigError  # noqa: E402
-from utils.config_loading import load_config  # noqa: E402
-from utils.data import read_captions  # noqa: E402
-from utils.distributed import World, rank  # noqa: E402
-from utils.shards import META  # noqa: E402
-from utils.text_embeddings import TextEmbeddings  # noqa: E402
-from utils.video_folder import CaptionedVideo, list_videos  # noqa: E402
+from model.weights import content_hash
+from pipeline.data.clips import read_captions
+from pipeline.data.precompute import embed_prompts
+from pipeline.data.prompts import fixed_prompts
+from pipeline.data.shards import META
+from pipeline.data.text_embeddings import TextEmbeddings
+from pipeline.data.video_latents import check_video_latents, write_video_latents
+from pipeline.data.videos import CaptionedVideo, list_videos
+from pipeline.train.stage_parts import need_folder
+from utils.config import Config, ConfigError
+from utils.distributed import World, rank
+from utils.load_config import load_config
 
 USAGE_ERROR, NOT_SOUND = 2, 1
 

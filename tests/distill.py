@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from tiny import HEIGHT, WIDTH, transformer, write_bundle
 from toy import randn, randomize
 
-from pipeline.stage import build_stage
-from utils.checkpoint import content_hash
+from model.weights import content_hash
+from pipeline.train.method import build_stage
 from utils.config import Config
-from utils.config_loading import load_config
 from utils.distributed import World
-from utils.sprite_world import caption, sample_spec
+from utils.load_config import load_config
+from utils.sprites.world import caption, sample_spec
 
 CPU = torch.device("cpu")
 CHANNELS, SIZE, CHUNK, FRAMES = 4, (HEIGHT // 8, WIDTH // 8), 2, 8  # latent channels, size, frames

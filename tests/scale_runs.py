@@ -18,16 +18,16 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import train
-from pipeline.diffusion import ARDiffusionStage
-from pipeline.optimizer import RoleState
-from pipeline.sharding import whole
+from model.weights import content_hash
+from pipeline.data.clips import shard_path
+from pipeline.data.shards import META
+from pipeline.train.flow import ARDiffusionStage
+from pipeline.train.parallel import whole
+from pipeline.train.state import RoleState
 from tests import tiny
 from utils import distributed
-from utils.checkpoint import content_hash
-from utils.data import shard_path
 from utils.rng import keyed_randn
-from utils.shards import META
-from utils.sprite_world import caption, sample_spec
+from utils.sprites.world import caption, sample_spec
 
 CLIPS, FRAMES = 8, 4  # latent frames
 LATENT = (4, FRAMES, tiny.HEIGHT // 8, tiny.WIDTH // 8)  # [C, F, H, W]
@@ -129,7 +129,7 @@ def start(ranks: int, target, *args) -> list[BaseProcess]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.scale_runs", "pipeline.dmd", "pipeline.consistency"])
+    context.set_forkserver_preload(["tests.scale_runs", "pipeline.train.dmd", "pipeline.train.consistency"])
     processes = [context.Process(target=_rank, args=(rank, ranks, port, target, args)) for rank in range(ranks)]
     for process in processes:
         process.start()

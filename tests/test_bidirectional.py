@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.schedule import NUM_TIMESTEPS
-from pipeline.bidirectional import sample_clip
-from pipeline.rollout import Prompts
+from pipeline.generate.bidirectional import sample_clip
+from pipeline.generate.rollout import Prompts
 from utils.config import SamplerConfig
 
 

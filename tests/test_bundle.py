@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import tiny
-from utils.bundle import (
+from model.convert import diffusers_to_wan
+from model.weights import CheckpointError
+from pipeline.bundle import (
     check_bundle,
     load_text_encoder,
     load_transformer,
@@ -18,10 +19,9 @@ from utils.bundle import (
     transformer_settings,
     vae_shape,
 )
-from utils.checkpoint import CheckpointError
+from tests import tiny
 from utils.config import ConfigError
-from utils.config_loading import load_config
-from utils.convert import diffusers_to_wan
+from utils.load_config import load_config
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from oracle import OracleMemory, OracleWan, clip_flow, softmax_attention
 from toy import DIMS, TEXT_DIM, randn, randomize, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import attend, clip_mask
-from model.causal_block import TextKV
+from model.block import TextKV
 from model.causal_wan import CausalWanModel
 from utils.config import CacheKind
 

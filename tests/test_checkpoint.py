@@ -9,8 +9,8 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
-from utils.checkpoint import CheckpointError, cast_weights, content_hash, load_weights, read_weights, weight_files
-from utils.convert import diffusers_to_wan
+from model.convert import diffusers_to_wan
+from model.weights import CheckpointError, cast_weights, content_hash, load_weights, read_weights, weight_files
 
 SETTINGS = {
     "num_layers": 2,

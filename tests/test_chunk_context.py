@@ -6,7 +6,7 @@ from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, IDENTITY, PER_FORWARD, REC
 from toy import randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import clip_mask
-from model.chunk_context import ChunkContext
+from model.cache.context import ChunkContext
 from model.rope import Rotation, chunk_rotation
 from utils.config import CacheKind
 

@@ -5,9 +5,9 @@ import torch
 from oracle import OracleWan
 from toy import LATENT, randn, toy_chunk, toy_model
 
+from model.cache.selection import sampled_queries
 from model.compressor import HRSpatialCompressor, compressed_grid
 from model.geometry import ChunkGeometry
-from model.selection import sampled_queries
 
 
 def test_wan_at_480p():
@@ -74,3 +74,18 @@ def test_sampled_queries_are_spread_evenly(tokens, fraction, minimum, count):
     index = sampled_queries(tokens, fraction, minimum).tolist()
     assert index == [n * tokens // count for n in range(count)]
     assert len(set(index)) == count and index[-1] < tokens
+
+
+def test_under_autocast_gradients_are_those_of_float32():
+    """Autocast must not reach the convolutions: oneDNN's bfloat16 backward is wrong on tiny grids without AMX."""
+    torch.manual_seed(0)
+    compressor = HRSpatialCompressor(16, (64, 256), 256)
+    latents = torch.randn(2, 16, 3, 4, 8)
+    gradients = []
+    for enabled in (False, True):
+        compressor.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            compressor(latents).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in compressor.parameters()])
+    for plain, autocast in zip(*gradients, strict=True):
+        torch.testing.assert_close(autocast, plain)

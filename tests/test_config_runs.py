@@ -14,10 +14,10 @@ from tiny import HEIGHT, TEXT_LEN, WIDTH, transformer, write_bundle
 
 import inference_packforcing
 import train
-from pipeline.preflight import check_plan
+from pipeline.train.checks import check_plan
 from scripts import generate_ode_pairs
 from utils.config import ConfigError, Stage
-from utils.config_loading import load_config
+from utils.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -76,7 +76,7 @@ def of(*stages):
 
 @of(*Stage)
 def test_the_stage_of_a_config_takes_a_step(world, tmp_path, monkeypatch, path):
-    monkeypatch.setattr("pipeline.vae.STATISTICS_CLIPS", 2)  # of a VAE's latents, at export
+    monkeypatch.setattr("pipeline.train.vae.STATISTICS_CLIPS", 2)  # of a VAE's latents, at export
     logdir = tmp_path / "run"
     arguments = ["--config_path", str(path), *micro(world, path, logdir)]
     if load_config(path).train.stage == Stage.ode:

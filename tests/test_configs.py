@@ -7,11 +7,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from model.causal_wan import CausalWanModel
-from pipeline.jobs import read_prompts
-from utils.bundle import transformer_settings
+from pipeline.bundle import transformer_settings
+from pipeline.data.prompts import read_prompts
 from utils.config import Selection
-from utils.config_loading import load_config
-from utils.sprite_world import parse_caption
+from utils.load_config import load_config
+from utils.sprites.world import parse_caption
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -5,7 +5,7 @@ import torch
 from distill import CHANNELS, CPU, FRAMES, SIZE, gradients, make_stage, settings, write_world
 from toy import randomize
 
-from pipeline.trainer import Trainer
+from pipeline.train.trainer import Trainer
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors import safe_open
 
-from utils.convert import diffusers_to_wan, is_wan_layout, strip_prefixes, wan_to_diffusers
+from model.convert import diffusers_to_wan, is_wan_layout, strip_prefixes, wan_to_diffusers
 
 COMPRESSOR = [f"pack_compressor.net.{i}.{kind}" for i in (0, 2, 4, 6) for kind in ("weight", "bias")]
 

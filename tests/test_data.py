@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import vae as tiny_vae
 
-from pipeline.latents import encode_frames, normalise, write_latents
-from utils import data
+from pipeline.data import clips as data
+from pipeline.data.clips import LatentClips, shard_path, sprite_clips
+from pipeline.data.latents import encode_frames, normalise, write_latents
 from utils.config import ConfigError
-from utils.data import LatentClips, shard_path, sprite_clips
 from utils.distributed import World
-from utils.sprite_world import caption, sample_spec
+from utils.sprites.world import caption, sample_spec
 
 SIZE = (32, 48)
 
@@ -25,7 +25,7 @@ def vae():
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr("pipeline.latents.SHARD_CLIPS", 4)
+    monkeypatch.setattr("pipeline.data.latents.SHARD_CLIPS", 4)
 
 
 def write(vae, folder, count=10, frames=5, vae_hash="a"):

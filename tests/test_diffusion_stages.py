@@ -8,11 +8,11 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
 from model.matmul_attention import matmul_attention, prepare_for_cpu
-from pipeline.diffusion import ARDiffusionStage, TeacherStage
-from pipeline.stage_parts import swapped_in
+from pipeline.text import encode_text
+from pipeline.train.flow import ARDiffusionStage, TeacherStage
+from pipeline.train.stage_parts import swapped_in
 from utils.config import Config, ConfigError, LossWeighting, PhaseConfig, SamplerKind
 from utils.distributed import World
-from utils.text import encode_text
 
 CPU = torch.device("cpu")
 
@@ -163,7 +163,7 @@ def test_samples_are_written_with_sidecars_and_do_not_touch_the_weights(config, 
 
 
 def test_videos_of_other_prompts_are_not_read(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.samples.read_seconds", None)  # minutes for a real video, for nothing
+    monkeypatch.setattr("pipeline.train.samples.read_seconds", None)  # minutes for a real video, for nothing
     config.train.sample_prompts = ["a red circle bounces over a blue plain", "a cat on a mat"]
     assert TeacherStage(config, CPU, World()).sample(0, tmp_path, None) == {}
     assert (tmp_path / "001.mp4").is_file()

@@ -12,9 +12,9 @@ from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, 
 from safetensors.torch import load_file, save_file
 from toy import randn
 
-from pipeline.preflight import check_models
-from pipeline.prompt_data import LatentReference
-from pipeline.trainer import Trainer, TrainingDivergedError
+from pipeline.train.checks import check_models
+from pipeline.train.prompt_data import LatentReference
+from pipeline.train.trainer import Trainer, TrainingDivergedError
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.tracking import Tracker

@@ -7,11 +7,11 @@ from dmd_by_hand import INDICES, SEED, STEPS, generated, generator_gradient, sig
 from test_chunk_context import sorted_tokens
 from toy import randn
 
-from model.chunk_context import ChunkContext
-from model.kv_cache import PackCache
-from pipeline.rollout import Prompts, Rollout
+from model.cache.cache import PackCache
+from model.cache.context import ChunkContext
+from pipeline.generate.rollout import Prompts, Rollout
 from utils.config import ConfigError
-from utils.config_loading import load_config
+from utils.load_config import load_config
 from utils.rng import keyed_randn
 
 

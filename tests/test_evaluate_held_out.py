@@ -9,7 +9,7 @@ from distill import SCORE
 
 from scripts.evaluate_held_out import main
 from tests import tiny
-from utils.metrics import MARKED
+from utils.sprites.read import MARKED
 from utils.video import read_video
 
 

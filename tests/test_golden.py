@@ -10,9 +10,9 @@ from oracle import OracleMemory, OracleWan, clip_flow
 from safetensors.torch import load_file, save_file
 from toy import randn, toy_config, toy_model
 
+from model.convert import diffusers_to_wan
 from scripts.check_golden import main
 from utils.config import CacheKind, Refresh, Temporal
-from utils.convert import diffusers_to_wan
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 INPUTS = ("clean_latents", "noisy_latents", "prompt_embeds", "teacher_forcing.timestep")

@@ -13,8 +13,8 @@ import pytest
 
 import inference_packforcing
 from inference_packforcing import main
-from pipeline import inference
-from pipeline.jobs import plan, slug
+from pipeline.generate import inference
+from pipeline.generate.jobs import plan, slug
 from tests import tiny
 from utils.video import frame_rate, read_video
 

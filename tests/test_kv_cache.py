@@ -5,9 +5,9 @@ import torch
 from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
-from model.causal_block import ChunkKV, LayerKV
+from model.block import ChunkKV, LayerKV
+from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
-from model.kv_cache import PackCache
 from utils.config import (
     CacheConfig,
     CacheKind,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.metrics import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, read_seconds, score
-from utils.sprite_world import (
+from utils.sprites.read import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, read_seconds, score
+from utils.sprites.world import (
     DRIFTS,
     FPS,
     HELD_OUT_START,
@@ -154,7 +154,7 @@ def test_frames_that_cannot_be_read_are_refused():
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *arguments]
+    command = [sys.executable, "-m", "scripts.evaluate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from distill import CHANNELS, CHUNK, CPU, FRAMES, SIZE, gradients, make_stage, settings, write_world
 
-from model.kv_cache import PackCache
-from pipeline.distillation import load_student, load_text
-from pipeline.prompt_data import PromptData
-from pipeline.rollout import Prompts, Rollout, prompt_noise
-from pipeline.trajectories import Trajectories, grid_points, sample_trajectories, shard_path
+from model.cache.cache import PackCache
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.train.prompt_data import PromptData
+from pipeline.train.roles import load_student, load_text
+from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories, shard_path
 from utils.config import ConfigError, SamplerConfig, SamplerKind
 from utils.distributed import World
 from utils.rng import keyed_generator
@@ -226,7 +226,7 @@ def test_mistakes_are_named(root, overrides, message):
 @pytest.mark.slow
 def test_two_ranks_write_the_same_trajectories(root, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "scripts/generate_ode_pairs.py", "--config_path", str(root / "ode.yaml"),
+               "-m", "scripts.generate_ode_pairs", "--config_path", str(root / "ode.yaml"),
                f"ode.path={tmp_path}/pairs"]  # fmt: skip
     settings(root, "ode")
     subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1], timeout=300)

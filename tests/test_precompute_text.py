@@ -7,16 +7,16 @@ import torch
 from safetensors import safe_open
 from tiny import write_bundle
 
-from pipeline import stage_parts
-from pipeline.stage_parts import TextConditioning
+from pipeline.bundle import load_text_encoder
+from pipeline.data import shards, text_embeddings
+from pipeline.data.text_embeddings import TextEmbeddings, write_embeddings
+from pipeline.text import encode_text
+from pipeline.train import stage_parts
+from pipeline.train.stage_parts import TextConditioning
 from scripts.precompute_text import main
-from utils import shards, text_embeddings
-from utils.bundle import load_text_encoder
 from utils.config import ConfigError
-from utils.config_loading import load_config
 from utils.distributed import World
-from utils.text import encode_text
-from utils.text_embeddings import TextEmbeddings, write_embeddings
+from utils.load_config import load_config
 
 CPU = torch.device("cpu")
 TEXT_LEN = 12

@@ -10,20 +10,19 @@ import torch
 from tiny import vae as tiny_vae
 from tiny import write_bundle
 
-from pipeline import video_latents
-from pipeline.diffusion import ARDiffusionStage
-from pipeline.stage_parts import LatentData
-from pipeline.video_latents import encode_video, write_video_latents
+from pipeline.data import shards, video_latents
+from pipeline.data.clips import LatentClips
+from pipeline.data.shards import write_tensors
+from pipeline.data.video_latents import encode_video, write_video_latents
+from pipeline.data.videos import fit, list_videos, nearest_frames, read_clip
+from pipeline.train.flow import ARDiffusionStage
+from pipeline.train.stage_parts import LatentData
 from scripts.prepare_latents import main
-from utils import shards
 from utils.config import ConfigError
-from utils.config_loading import load_config
-from utils.data import LatentClips
 from utils.distributed import World
-from utils.shards import write_tensors
-from utils.sprite_world import render, sample_spec
+from utils.load_config import load_config
+from utils.sprites.world import render, sample_spec
 from utils.video import VideoWriter
-from utils.video_folder import fit, list_videos, nearest_frames, read_clip
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 32, 48

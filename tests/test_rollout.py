@@ -5,8 +5,8 @@ import torch
 from test_chunk_context import sorted_tokens
 from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_prompt
 
-from model.chunk_context import ChunkContext
-from pipeline.rollout import Prompts, Rollout, prompt_noise
+from model.cache.context import ChunkContext
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from utils.config import Refresh, SamplerConfig, SamplerKind, Selection
 
 SHAPE = (CHANNELS, 3, *LATENT)

@@ -18,18 +18,18 @@ import torch.distributed.checkpoint as dcp
 from diffusers import WanTransformer3DModel
 
 from model.causal_wan import CausalWanModel
-from pipeline import preflight
-from pipeline.checkpoints import Checkpoints, list_checkpoints, read_info, read_into, tensor_shapes
-from pipeline.preflight import check_ranks
-from pipeline.sharding import prepare_stage
-from pipeline.trainer import StepPlan
+from model.weights import read_weights
+from pipeline.train import checks as preflight
+from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_info, read_into, tensor_shapes
+from pipeline.train.checks import check_ranks
+from pipeline.train.parallel import prepare_stage
+from pipeline.train.trainer import StepPlan
 from scripts import export_checkpoint
 from tests import scale_runs
 from tests.scale_runs import arguments, batch_of, finish, stage_overrides, start
-from utils.checkpoint import read_weights
 from utils.config import Config, ConfigError, Sharding
-from utils.config_loading import load_config
 from utils.distributed import World
+from utils.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["teacher", "ar_diffusion", pytest.param("consistency", marks=pytest.mark.slow), "dmd"]

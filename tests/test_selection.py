@@ -2,7 +2,7 @@
 
 import torch
 
-from model.selection import affinity, top_chunks
+from model.cache.selection import affinity, top_chunks
 
 
 def test_the_choice_under_autocast_is_that_without():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.sprite_world import (
+from utils.sprites.world import (
     BASE_TONE,
     COLOURS,
     DRIFTS,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.streaming_vae import StreamingDecoder, denormalise
+from pipeline.generate.vae_stream import StreamingDecoder, denormalise
 
 FRAMES = 7  # latent
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from tiny import vae
 from torch import nn
 
-from pipeline.checkpoints import Checkpoints, list_checkpoints, read_into
-from pipeline.optimizer import learning_rate
-from pipeline.preflight import check_plan
-from pipeline.stage import Stage
-from pipeline.trainer import StepPlan, Trainer, TrainingDivergedError
+from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_into
+from pipeline.train.checks import check_plan
+from pipeline.train.method import Stage
+from pipeline.train.state import learning_rate
+from pipeline.train.trainer import StepPlan, Trainer, TrainingDivergedError
 from train import main
 from utils.config import Config, ConfigError, OptimizerConfig, OptimizerKind, PhaseConfig
 from utils.config import Stage as StageName
@@ -192,7 +192,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_muon_takes_the_matrices_of_the_blocks_only():
-    from pipeline.optimizer import build_optimizers
+    from pipeline.train.state import build_optimizers
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)]), "head": nn.Linear(4, 2)})
     adamw, muon = build_optimizers(model, OptimizerConfig(kind=OptimizerKind.muon, betas=[0.9, 0.99]))

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.vae import VAEStage, latent_statistics, to_frames, to_video
-from pipeline.vae_clip import decode_clip, encode_moments
+from pipeline.data.vae_clip import decode_clip, encode_moments
+from pipeline.train.vae import VAEStage, latent_statistics, to_frames, to_video
 from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
 from utils.config import Stage as StageName
 from utils.distributed import World
-from utils.metrics import MARKED, MOVING, read_seconds, score
-from utils.sprite_world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
+from utils.sprites.read import MARKED, MOVING, read_seconds, score
+from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "tiny" / "vae"
 ROUND_TRIP_FLOOR = 0.97
@@ -124,7 +124,7 @@ def test_latent_statistics_count_the_posterior_in():
 
 
 def test_export_loads_back_with_its_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.vae.STATISTICS_CLIPS", 2)
+    monkeypatch.setattr("pipeline.train.vae.STATISTICS_CLIPS", 2)
     stage = small_stage()
     ema = {"vae": {name: value.detach() + 0.01 for name, value in stage.vae.named_parameters()}}
     stage.export(tmp_path, ema)

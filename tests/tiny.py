@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model.causal_wan import CausalWanModel
-from utils.bundle import save_bundle
-from utils.text import small_text_encoder, sprite_tokenizer
+from pipeline.bundle import save_bundle
+from pipeline.text import small_text_encoder, sprite_tokenizer
 
 HEIGHT, WIDTH, TEXT_LEN = 32, 48, 12
 

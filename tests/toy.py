@@ -2,8 +2,8 @@
 
 import torch
 
+from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from model.kv_cache import PackCache
 from utils.config import CacheConfig, Compressor, CompressorConfig
 
 CHANNELS, TEXT_DIM, LATENT = 4, 16, (8, 12)

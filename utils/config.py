@@ -1,16 +1,18 @@
 """Every setting of the project, declared once. The dataclasses below are the only place where a default stands; how
-YAML files and the command line change them is in `utils/config_loading.py`.
+YAML files and the command line change them is in `utils/load_config.py`.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
 class ConfigError(ValueError):
     """A setting that cannot be: unknown, of the wrong type, or impossible together with another."""
 
+    exit_status = 2
 
-class Stage(str, Enum):
+
+class Stage(StrEnum):
     vae = "vae"
     teacher = "teacher"
     ar_diffusion = "ar_diffusion"
@@ -19,77 +21,77 @@ class Stage(str, Enum):
     dmd = "dmd"
 
 
-class CacheKind(str, Enum):
+class CacheKind(StrEnum):
     pack = "pack"  # sink + selected mid + recent
     full = "full"  # all history, full resolution
     window = "window"  # recent only
     sink = "sink"  # sink + recent
 
 
-class SizeUnit(str, Enum):
+class SizeUnit(StrEnum):
     chunks = "chunks"
     frames = "frames"  # latent frames; must be multiples of the chunk
 
 
-class Compressor(str, Enum):
+class Compressor(StrEnum):
     hr_spatial = "hr_spatial"
     identity = "identity"
 
 
-class Selection(str, Enum):
+class Selection(StrEnum):
     recency = "recency"
     query_score = "query_score"
 
 
-class QueryScope(str, Enum):
+class QueryScope(StrEnum):
     current = "current"
     recent_and_current = "recent+current"
 
 
-class Refresh(str, Enum):
+class Refresh(StrEnum):
     per_chunk = "per_chunk"
     per_forward = "per_forward"
 
 
-class Temporal(str, Enum):
+class Temporal(StrEnum):
     absolute = "absolute"
     packed = "packed"
     fit = "fit"
 
 
-class MidSpan(str, Enum):
+class MidSpan(StrEnum):
     source = "source"
     compressed = "compressed"
 
 
-class Spatial(str, Enum):
+class Spatial(StrEnum):
     grid = "grid"
     aligned = "aligned"
 
 
-class OptimizerKind(str, Enum):
+class OptimizerKind(StrEnum):
     adamw = "adamw"
     muon = "muon"  # the blocks' matrices by Muon, everything else by AdamW
 
 
-class LossWeighting(str, Enum):
+class LossWeighting(StrEnum):
     bell = "bell"  # the schedule's training weight: most at t = 500, none at t = 1000
     none = "none"
 
 
-class Sharding(str, Enum):
+class Sharding(StrEnum):
     none = "none"  # every rank holds all weights
     full = "full"  # all ranks share one copy
     hybrid = "hybrid"  # groups of `shard_size` ranks share a copy each
 
 
-class TextPlacement(str, Enum):
+class TextPlacement(StrEnum):
     device = "device"  # on every rank's device, in float32
     cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in
     sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
 
 
-class SamplerKind(str, Enum):
+class SamplerKind(StrEnum):
     few_step = "few_step"
     euler = "euler"
 

@@ -1,0 +1,261 @@
+"""A bundle: one folder with everything that turns a prompt into a video, laid out as diffusers lays out a pipeline.
+
+    transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+
+The tiny bundle and Wan-AI's `Wan2.1-T2V-1.3B-Diffusers` are read by the same code. `model.checkpoint` replaces the
+transformer's weights. What can be checked without loading a model is checked first (`check_bundle`).
+"""
+
+import inspect
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from model.causal_wan import CausalWanModel
+from model.geometry import WAN_PATCH_SIZE
+from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
+from utils.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+REAL_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+# Where the checkpoints of the seed's configs are published.
+_PUBLISHED = {
+    name: f"zhuhz22/Causal-Forcing chunkwise/{name}" for name in ("causal_ode.pt", "causal_cd.pt", "causal_forcing.pt")
+}
+_CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
+_COMPRESSOR = "pack_compressor."
+
+
+def bundle_folder(config: Config) -> Path:
+    """Where `model.bundle` points. Raises `ConfigError` where it is unset or not there."""
+    if config.model.bundle is None:
+        raise ConfigError("setting `model.bundle` is not set: name a folder with vae, text_encoder and tokenizer")
+    folder = Path(config.model.bundle)
+    if not folder.is_dir():
+        raise ConfigError(f"bundle {folder} does not exist; {_how_to_get(folder)}")
+    return folder
+
+
+def _how_to_get(folder: Path) -> str:
+    return f"for the real model: hf download {REAL_MODEL} --local-dir {folder}"
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping, found {type(content).__name__}")
+    return content
+
+
+def transformer_source(config: Config) -> Path:
+    """Where the transformer's weights come from: `model.checkpoint`, else the bundle's own."""
+    if config.model.checkpoint is not None:
+        return Path(config.model.checkpoint)
+    return bundle_folder(config) / "transformer"
+
+
+def transformer_settings(config: Config) -> dict:
+    """Constructor arguments of the causal DiT.
+
+    The shape is that of the bundle's transformer where it has one, else that of the `model` section; chunk and
+    compressor are always the config's.
+    """
+    model = config.model
+    shape_file = None if model.bundle is None else Path(model.bundle) / "transformer" / "config.json"
+    settings = {
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "attention_head_dim": model.attention_head_dim,
+        "ffn_dim": model.ffn_dim,
+        "in_channels": model.in_channels,
+        "out_channels": model.in_channels,
+        "text_dim": model.text_dim,
+        "text_len": model.text_len,
+        "freq_dim": model.freq_dim,
+        "cross_attn_norm": model.cross_attn_norm,
+        "eps": model.eps,
+    }
+    if shape_file is not None and shape_file.is_file() and not model.random_init:
+        known = inspect.signature(CausalWanModel.__init__).parameters
+        stored = {key: value for key, value in read_json(shape_file).items() if key in known}
+        settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    return settings | {
+        "frames_per_chunk": config.video.frames_per_chunk,
+        "compressor": config.cache.compressor.kind.value,
+        "compressor_channels": tuple(config.cache.compressor.channels),
+    }
+
+
+def check_bundle(config: Config) -> None:
+    """Everything about the model's files that can be known without loading them.
+
+    Raises `ConfigError`, in one line: what is missing and where to get it, or which sizes do not go together.
+    """
+    folder = bundle_folder(config)
+    missing = [name for name, file in _CONFIG_OF.items() if not (folder / name / file).is_file()]
+    if missing:
+        parts = ", ".join(f"{name}/{_CONFIG_OF[name]}" for name in missing)
+        raise ConfigError(f"bundle {folder} has no {parts}; {_how_to_get(folder)}")
+    for name in ("vae", "text_encoder"):
+        weight_files(folder / name)
+    if not config.model.random_init:
+        if config.model.checkpoint is None and not (folder / "transformer").is_dir():
+            raise ConfigError(f"bundle {folder} has no transformer/; give model.checkpoint, or {_how_to_get(folder)}")
+        source = transformer_source(config)
+        if not source.exists() and source.name in _PUBLISHED:
+            raise ConfigError(f"checkpoint {source} does not exist; hf download {_PUBLISHED[source.name]}, and move "
+                              "it there or name it with --checkpoint_path")  # fmt: skip
+        weight_files(source)
+    _check_sizes(config)
+
+
+@dataclass(frozen=True)
+class VAEShape:
+    """What a VAE's config says about its latents."""
+
+    channels: int
+    temporal_stride: int  # pixel frames per latent frame, after the first
+    spatial_stride: int
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames that hold at least `frames` pixel frames."""
+        return 1 + math.ceil((frames - 1) / self.temporal_stride)
+
+    def frames(self, latent_frames: int) -> int:
+        """Pixel frames of `latent_frames` latent ones."""
+        return 1 + self.temporal_stride * (latent_frames - 1)
+
+
+def vae_shape(config: Config) -> VAEShape:
+    """Read from the bundle, without loading the VAE. Raises `ConfigError`."""
+    return vae_shape_of(bundle_folder(config) / "vae")
+
+
+def vae_shape_of(folder: Path) -> VAEShape:
+    """What the config in a VAE's folder says. Raises `ConfigError`."""
+    stored = read_json(folder / "config.json")
+    defaults = inspect.signature(AutoencoderKLWan.__init__).parameters  # older configs leave out what has a default
+    names = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
+    return VAEShape(*(stored.get(name, defaults[name].default) for name in names))
+
+
+def _check_sizes(config: Config) -> None:
+    shape, vae = transformer_settings(config), vae_shape(config)
+    if vae.channels != shape["in_channels"]:
+        raise ConfigError(f"the VAE has {vae.channels} latent channels, the transformer {shape['in_channels']}; "
+                          "model.bundle and model.checkpoint do not belong together")  # fmt: skip
+    text_dim = read_json(bundle_folder(config) / "text_encoder" / "config.json").get("d_model")
+    if text_dim != shape["text_dim"]:
+        raise ConfigError(f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}; "
+                          "model.bundle and model.checkpoint do not belong together")  # fmt: skip
+    for name, size, patch in zip(("height", "width"), (config.video.height, config.video.width), WAN_PATCH_SIZE[1:],
+                                 strict=True):  # fmt: skip
+        unit = vae.spatial_stride * patch
+        if size % unit:
+            raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} pixels")
+
+
+def load_transformer(config: Config) -> CausalWanModel:
+    """The causal DiT with the weights of `transformer_source`, memory-mapped on the CPU, in their stored dtype.
+
+    With `model.random_init`: fresh weights, the same for the same `seed`. A checkpoint without compressor gets a fresh
+    one, which is logged. Raises `CheckpointError` for weights that do not fit.
+    """
+    settings = transformer_settings(config)
+    if config.model.random_init:
+        return _build(settings, config.seed)
+    source = transformer_source(config)
+    weights = read_weights(source, config.model.use_ema)
+    with init_empty_weights(include_buffers=False):
+        model = CausalWanModel(**settings)
+    stored = [name for name in weights if name.startswith(_COMPRESSOR)]
+    if model.pack_compressor is None and stored:
+        log.info("%s: its compressor (%d tensors) is not used with cache.compressor.kind=identity", source, len(stored))
+        weights = {name: tensor for name, tensor in weights.items() if name not in stored}
+    fresh = {}
+    if model.pack_compressor is not None and not stored:
+        new = _build({**settings, "num_layers": 0}, config.seed).pack_compressor  # the model's own initialisation
+        fresh = {_COMPRESSOR + name: tensor for name, tensor in new.state_dict().items()}
+    load_weights(model, weights, source, fresh)
+    if fresh:
+        log.warning("%s has no compressor: pack_compressor is initialised at random (seed %d)", source, config.seed)
+    return model.eval()
+
+
+def _build(settings: dict, seed: int) -> CausalWanModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CausalWanModel(**settings).eval()
+
+
+def place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+    """Cast as diffusers does on loading (what Wan needs in float32 stays so) and move to `device`; returns `model`."""
+    cast_weights(model, dtype, model._keep_in_fp32_modules)
+    return model.to(device)
+
+
+def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
+    """The bundle's VAE. Raises `CheckpointError` for weights that do not fit."""
+    vae = load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
+    if device.type == "cpu":  # in bfloat16 1.7 times as fast; in float32 it makes no odds
+        for module in vae.modules():
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)
+    return vae
+
+
+def load_text_encoder(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """The bundle's tokenizer and text encoder. Raises `CheckpointError` for files that do not fit."""
+    folder = bundle_folder(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'tokenizer'}: no tokenizer ({_first_line(error)})") from error
+    return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
+
+
+def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
+    """`from_pretrained`, but strict: the libraries only warn about parameters that are missing or left over."""
+    try:
+        model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[problem])):
+            raise CheckpointError(f"{folder} does not fit {kind.__name__}: {len(names)} {problem}, first {names[0]}")
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def save_bundle(
+    folder: str | Path,
+    transformer: ModelMixin,
+    vae: AutoencoderKLWan,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shift: float,
+) -> None:
+    """Write a bundle. Models are stored in the dtype they are in; `shift` is the flow schedule's."""
+    folder = Path(folder)
+    for name, part in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
+        part.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")

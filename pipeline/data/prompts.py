@@ -1,0 +1,48 @@
+"""Prompts: of a file, of the data, and of sample videos; known before any model is loaded."""
+
+from pathlib import Path
+
+from pipeline.data.clips import read_captions
+from utils.config import Config, ConfigError
+from utils.sprites.world import HELD_OUT_START, caption, sample_spec
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt per line; blank lines are skipped. Raises `ConfigError` where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"prompt file {path} does not exist; it holds one prompt per line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt file {path}: not readable as UTF-8 text ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompt file {path} is empty; it holds one prompt per line")
+    return prompts
+
+
+def sample_prompts(config: Config) -> list[str]:
+    """`train.sample_prompts`, then the first `train.sample_held_out` captions of the held-out split."""
+    held_out = range(HELD_OUT_START, HELD_OUT_START + config.train.sample_held_out)
+    return [*config.train.sample_prompts, *(caption(sample_spec(config.seed, i, "seen")) for i in held_out)]
+
+
+def fixed_prompts(config: Config) -> list[str]:
+    """The negative prompt, also that of dropped captions, and those of the sample videos."""
+    return [config.sampler.negative_prompt, *sample_prompts(config)]
+
+
+def data_prompts(config: Config) -> list[str]:
+    """The prompts of `data`: lines of a file, captions of latent shards, or of the sprite world's clips.
+
+    Raises `ConfigError` where the file or folder is not there.
+    """
+    data = config.data
+    if data.kind == "sprites":
+        return [caption(sample_spec(config.seed, i)) for i in range(max(data.num_clips, data.num_stills))]
+    if data.path is None:
+        raise ConfigError("setting `data.path` is not set: name a file with one prompt per line, or latent shards")
+    if data.kind == "prompts":
+        return read_prompts(data.path)
+    return [text for texts in read_captions(Path(data.path) / "clips") for text in texts]

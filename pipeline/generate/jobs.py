@@ -1,0 +1,115 @@
+"""What an inference run has to make: prompts, file names, and which videos are finished already.
+
+Beside every video `NAME.mp4` lies `NAME.json`, written last: a video counts as finished where that file says it was
+made with the settings of this run.
+"""
+
+import json
+import re
+import tempfile
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from utils.config import Config, ConfigError
+
+_SLUG_LENGTH = 60
+# Settings that say where and how fast, not what; weights are compared by content, not by path.
+_NOT_IN_THE_VIDEO = {
+    "model": ("bundle", "checkpoint"),
+    "cache": ("archive_device",),
+    "inference": (
+        "data_path", "output_folder", "num_samples", "device", "attention_backend", "compile", "threads",
+    ),
+}  # fmt: skip
+_OTHER_SECTIONS = ("train", "data", "vae", "consistency", "ode", "dmd")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video: sample `sample` of line `index` (blank lines not counted) of the prompt file."""
+
+    index: int
+    prompt: str
+    sample: int
+    video: Path
+
+    @property
+    def sidecar(self) -> Path:
+        return self.video.with_suffix(".json")
+
+
+def slug(prompt: str) -> str:
+    """The prompt's words as a file name: ASCII letters and digits, at most 60 characters, cut between words."""
+    ascii_text = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = "-".join(re.findall(r"[a-z0-9]+", ascii_text))
+    if len(words) > _SLUG_LENGTH:
+        cut = words[: _SLUG_LENGTH + 1].rfind("-")
+        words = words[: cut if cut > 0 else _SLUG_LENGTH]
+    return words or "prompt"
+
+
+def plan(prompts: list[str], folder: str | Path, num_samples: int) -> list[Job]:
+    """All videos of a run. Sample 0 has no suffix, so asking for more samples later keeps the first."""
+    return [
+        Job(index, prompt, sample, Path(folder) / f"{index:04d}_{slug(prompt)}{f'_s{sample}' if sample else ''}.mp4")
+        for index, prompt in enumerate(prompts)
+        for sample in range(num_samples)
+    ]
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """Create `folder` and see that files can be written. Raises `ConfigError`."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output folder {folder} is not writable ({error.strerror}); choose another one") from error
+    return folder
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The whole config as plain values, for JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def what_was_made(prompt: str, sample: int, config: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
+    """Everything a video is a function of, flat: {"cache.top_k": 16, ...}."""
+    flat: dict[str, Any] = {"prompt": prompt, "sample": sample}
+    for section, values in config.items():
+        if section in _OTHER_SECTIONS:
+            continue
+        if not isinstance(values, dict):
+            flat[section] = values
+            continue
+        skipped = _NOT_IN_THE_VIDEO.get(section, ())
+        flat |= {f"{section}.{key}": value for key, value in values.items() if key not in skipped}
+    return flat | {f"weights.{part}": digest for part, digest in weights.items()}
+
+
+def is_finished(job: Job, config: dict[str, Any], weights: dict[str, str]) -> bool:
+    """Whether the video of `job` is there, made with these settings and weights.
+
+    Raises `ConfigError` naming the first difference where it was made with others.
+    """
+    if not (job.video.is_file() and job.sidecar.is_file()):
+        return False
+    try:
+        stored = json.loads(job.sidecar.read_text())
+        before = what_was_made(stored["prompt"], stored["sample"], stored["config"], stored["weights"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{job.sidecar} is not the description of a video; remove it or choose another "
+                          "output folder") from error  # fmt: skip
+    now = what_was_made(job.prompt, job.sample, config, weights)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{job.video} exists already and was made with {key}={before.get(key)}, now {now.get(key)}; choose "
+                "another output folder or remove it"
+            )
+    return True

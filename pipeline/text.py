@@ -1,0 +1,78 @@
+"""Prompts to embeddings, as Wan does it, and the sprite world's own tokenizer and text encoder.
+
+One function (`encode_text`) serves training, sampling and inference, for the tiny encoder and for UMT5-XXL alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from utils.sprites.world import COLOURS, MOTIONS, PATTERNS, SHAPES
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel, prompts: Sequence[str], text_len: int
+) -> torch.Tensor:
+    """Prompt embeddings as Wan wants them: the encoder sees no padding, and past a prompt's end they are zero.
+
+    Runs with gradient where it is enabled. Prompts of more than `text_len` tokens are cut.
+
+    Returns:
+        [len(prompts), text_len, text_dim], on the encoder's device and in its dtype.
+    """
+    tokens = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=text_len,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    return encode_tokens(text_encoder, tokens.input_ids, tokens.attention_mask)
+
+
+def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """input_ids, mask [B, text_len] -> embeddings [B, text_len, text_dim], zero where `mask` is."""
+    hidden = text_encoder(input_ids, attention_mask=mask).last_hidden_state  # [B, text_len, text_dim]
+    return hidden * mask[..., None].to(hidden.dtype)
+
+
+def sprite_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over the words of sprite-world captions; other words are `<unk>`, the end is `</s>`."""
+    phrases = [*COLOURS, *SHAPES, "shape", *MOTIONS, *PATTERNS, "a", "over"]
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    vocabulary = {token: i for i, token in enumerate((PAD, EOS, UNKNOWN, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, padding_side="right"
+    )
+
+
+def small_text_encoder(vocab_size: int, text_dim: int, num_layers: int, num_heads: int) -> UMT5EncoderModel:
+    """A fresh UMT5 encoder of width `text_dim`; raises ValueError where the heads do not divide it."""
+    if text_dim % num_heads:
+        raise ValueError(f"text width {text_dim} is not divisible by {num_heads} heads")
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=text_dim,
+        d_kv=text_dim // num_heads,
+        d_ff=2 * text_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return UMT5EncoderModel(config)

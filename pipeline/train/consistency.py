@@ -1,0 +1,117 @@
+"""Causal consistency distillation: a few-step initialisation from the AR-diffusion model (Causal Forcing, 2602.02214).
+
+On a grid of Euler steps from noise to clean, the teacher, which is the AR-diffusion model with guidance, takes one step
+from a noised clip; the student's x0 at the point before must be what its own EMA says at the point after. Everything
+is teacher-forced on the clean clip, and all chunks of a clip share one grid point.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.causal_wan import CausalWanModel
+from model.schedule import NUM_TIMESTEPS
+from pipeline.train.flow import HIGH_NOISE, ARDiffusionStage, mean_where
+from pipeline.train.generator import Generator
+from pipeline.train.roles import check_student, load_student, load_text
+from utils.config import Config, ConfigError
+from utils.distributed import World
+from utils.rng import keyed_generator
+
+
+class ConsistencyStage(ARDiffusionStage):
+    """Student, its EMA as target, and the frozen AR-diffusion teacher; all start as the model that `model` names."""
+
+    name = "consistency"
+
+    def __init__(self, config: Config, device: torch.device, world: World):
+        check_student(config)
+        if config.train.ema_start_step != 0:
+            raise ConfigError(
+                f"setting `train.ema_start_step` is {config.train.ema_start_step}: the EMA is the target of "
+                "consistency distillation from the first step on; set it to 0"
+            )
+        super().__init__(config, device, world)
+        self.sigmas = self.schedule.euler_sigmas(config.consistency.grid_steps).to(device)  # [grid_steps + 1], 1 to 0
+        self.teacher = _frozen_copy(self.transformer)
+        self.target = Generator(_frozen_copy(self.transformer))
+        self.targets, self.frozen = {"generator": self.target}, {"teacher": self.teacher}
+
+    def _load_text(self):
+        return load_text(self.config, self.device)
+
+    def _build(self, text_dim: int) -> CausalWanModel:
+        return load_student(self.config, self.text, self.device, self.data.channels)
+
+    def compile(self) -> None:
+        super().compile()
+        for model in (self.teacher, self.target.transformer):
+            for block in model.blocks:
+                block.compile()
+
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """As for AR diffusion, with the grid point [B] that a sample's chunks share in place of their timesteps."""
+        batch = super().batch(step, sample_indices)
+        points = [
+            torch.randint(self.config.consistency.grid_steps, (), generator=keyed_generator(*key))
+            for key in ((self.config.seed, "grid", step, index) for index in sample_indices)
+        ]
+        del batch["timestep"]
+        return batch | {"point": torch.stack(points).to(self.device)}
+
+    def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean squared distance of the student's x0 from its target's; logs its distance from the data's too."""
+        latents, point = batch["latents"], batch["point"]  # [B, C, F, H, W], [B]
+        sigma, following = self.sigmas[point], self.sigmas[point + 1]  # [B] each
+        embeds = self.text.encode(batch["captions"])  # [B, text_len, text_dim]
+        clean, level = self._context(batch)
+        noisy = (1 - _wide(sigma)) * latents + _wide(sigma) * batch["noise"]  # [B, C, F, H, W]
+        x0 = self._x0(self.transformer, noisy, sigma, embeds, clean, level)
+        with torch.no_grad():
+            stepped = noisy + _wide(following - sigma) * self._teacher_flow(noisy, sigma, embeds, clean, level)
+            target = self._x0(self.target.transformer, stepped, following, embeds, clean, level)
+        errors = (x0 - target).square().flatten(1).mean(1)  # [B]
+        distance = (x0.detach() - latents).square().flatten(1).mean(1)  # [B]
+        high = NUM_TIMESTEPS * sigma > HIGH_NOISE
+        return errors.mean(), {
+            "data_mse": distance.mean().item(),
+            "data_mse_high": mean_where(distance, high),
+            "data_mse_low": mean_where(distance, ~high),
+        }
+
+    def _teacher_flow(self, noisy, sigma, embeds, clean, level) -> torch.Tensor:
+        """Guided flow [B, C, F, H, W] of the AR-diffusion model."""
+        guidance = self.config.consistency.guidance
+        if guidance == 1:
+            return self._forced_flow(self.teacher, noisy, sigma, embeds, clean, level)
+        negative = self.text.encode([self.config.sampler.negative_prompt]).expand_as(embeds)
+        twice = (torch.cat((x, x)) for x in (noisy, sigma))
+        flow = self._forced_flow(
+            self.teacher, *twice, torch.cat((embeds, negative)), torch.cat((clean, clean)), torch.cat((level, level))
+        )
+        cond, uncond = flow.chunk(2)
+        return uncond + guidance * (cond - uncond)
+
+    def _x0(self, model, noisy, sigma, embeds, clean, level) -> torch.Tensor:
+        """x0 [B, C, F, H, W]; at sigma 0 that is `noisy` itself."""
+        return noisy - _wide(sigma) * self._forced_flow(model, noisy, sigma, embeds, clean, level)
+
+    @staticmethod
+    def _forced_flow(model, noisy, sigma, embeds, clean, level) -> torch.Tensor:
+        """Teacher-forced flow of noisy clips [B, C, F, H, W] at one sigma [B] each, float32."""
+        timestep = (NUM_TIMESTEPS * sigma)[:, None].expand(-1, noisy.shape[2])  # [B, F]
+        return model(noisy, timestep, embeds, clean_hidden_states=clean, clean_timestep=level).sample.float()
+
+
+def _wide(sigma: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, 1, 1, 1]."""
+    return sigma[:, None, None, None, None]
+
+
+def _frozen_copy(model: CausalWanModel) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False).eval()

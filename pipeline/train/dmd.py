@@ -1,0 +1,258 @@
+"""Distribution-matching distillation of the few-step generator (DMD, arXiv 2311.18828; Self-Forcing, 2506.08009).
+
+The generator is rolled out exactly as at inference (`pipeline/generate/rollout.py`), cache and compressor included,
+and every chunk stops at one random step, which runs with gradient. Two bidirectional scores look at the clip: the
+frozen teacher says where real videos are, the critic, trained along on the generator's clips, where generated ones are.
+Their difference is the generator's gradient.
+
+All randomness is keyed by (seed, purpose, role, step, sample index), so it does not depend on ranks or accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.cache.cache import CacheLayout
+from model.geometry import ChunkGeometry
+from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from pipeline.bundle import vae_shape_of
+from pipeline.data.latents import normalise
+from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.train.generator import CausalGeneratorStage, Generator
+from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
+from pipeline.train.prompt_data import PromptData
+from pipeline.train.roles import check_student, latent_size, load_score, load_student, load_text
+from pipeline.train.stage_parts import need_folder
+from utils.config import CacheKind, Config, ConfigError, OptimizerConfig
+from utils.distributed import World
+from utils.rng import keyed_generator, keyed_randn
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A self-rollout.
+
+    Attributes:
+        latents: its last `video.trained_frames` [B, C, F, H, W], float32.
+        frozen_frames: latent frames at their start that the generator has no gradient for.
+        rollout: how they came about.
+    """
+
+    latents: torch.Tensor
+    frozen_frames: int
+    rollout: Rollout
+
+
+class DMDStage(CausalGeneratorStage):
+    """Generator and critic against a frozen teacher; `dmd.critic_updates` of the critic to one of the generator.
+
+    What is logged of the generator, the critic's lag included, is logged at the steps at which it is due.
+    """
+
+    name = "dmd"
+
+    def __init__(self, config: Config, device: torch.device, world: World):
+        check_student(config)
+        self.config, self.device = config, device
+        self.window = config.video.trained_frames // config.video.frames_per_chunk  # chunks that the scores see
+        longest = config.dmd.max_rollout_frames or config.video.trained_frames
+        self.max_chunks = longest // config.video.frames_per_chunk
+        self.vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+        stride = vae_shape_of(self.vae_folder).spatial_stride
+        self._check_mid_is_reached(latent_size(config, stride))
+        self.text = load_text(config, device)
+        self.transformer = load_student(config, self.text, device)
+        self.latent_shape = (self.transformer.config.in_channels, *latent_size(config, stride))
+        self.new_cache()  # raises where its settings do not fit the model
+        self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
+        paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher
+        self.teacher, self.critic = (
+            load_score(path, key, self.transformer, config, self.text, device, frozen=key == "dmd.teacher")
+            for path, key in zip(paths, ("dmd.teacher", "dmd.critic"), strict=True)
+        )
+        self.teacher.requires_grad_(False).eval()
+        self.modules = {"critic": self.critic.train(), "generator": Generator(self.transformer)}
+        self.frozen = {"teacher": self.teacher}
+        self.schedule = FlowMatchSchedule(config.train.shift)
+        self.decoder_vae = self.vae() if self.max_chunks > self.window else None
+
+    @property
+    def _has_mid(self) -> bool:
+        return self.config.cache.kind == CacheKind.pack and self.config.cache.top_k > 0
+
+    def _reaches_mid(self, chunks: int, geometry: ChunkGeometry) -> bool:
+        """Whether the last of `chunks` chunks has an archived one behind it."""
+        sink, recent = CacheLayout.of(self.config.cache, geometry).held(chunks - 1)
+        return recent.start > len(sink)
+
+    def _check_mid_is_reached(self, size: tuple[int, int]) -> None:
+        """Raise `ConfigError` where the cache has a compressed part that no rollout would ever fill."""
+        try:
+            geometry = ChunkGeometry(self.config.video.frames_per_chunk, *size)
+            inert = self._has_mid and not self._reaches_mid(self.max_chunks, geometry)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if inert:
+            raise ConfigError(self._inert(self.max_chunks))
+
+    def _inert(self, chunks: int) -> str:
+        cache = self.config.cache
+        return (
+            f"cache.top_k is {cache.top_k}, but no chunk of a rollout of {chunks} chunks attends a compressed one "
+            f"(sink {cache.sink}, recent {cache.recent} {cache.unit.value}): the compressor would not be trained; "
+            "make cache.sink or cache.recent smaller or dmd.max_rollout_frames larger, or set cache.top_k=0"
+        )
+
+    def roles(self, step: int) -> tuple[str, ...]:
+        """The critic at every step; after every `dmd.critic_updates`-th of them the generator too."""
+        return ("critic", "generator") if (step + 1) % self.config.dmd.critic_updates == 0 else ("critic",)
+
+    def optimizer(self, role: str) -> OptimizerConfig | None:
+        return self.config.dmd.critic_optimizer if role == "critic" else None
+
+    def keeps_ema(self, role: str) -> bool:
+        return role == "generator"
+
+    def parts(self, role: str) -> dict[str, nn.Module]:
+        compressor = self.transformer.pack_compressor
+        return {"compressor": compressor} if role == "generator" and compressor is not None else {}
+
+    def compile(self) -> None:
+        super().compile()
+        for model in (self.teacher, self.critic):
+            for block in model.blocks:
+                block.compile()
+
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """Prompts; everything else is made by the generator."""
+        prompts = [self.prompts.prompt(self.config.seed, index) for index in sample_indices]
+        return {"prompts": prompts, "indices": list(sample_indices)}
+
+    def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        embeds = self.text.encode(batch["prompts"])  # [B, text_len, text_dim]
+        made = self._generated(role, batch, step, embeds)
+        logs = {"mid_tokens_attended": float(made.rollout.mid_tokens_attended)}
+        logs |= {"exit_step": float(made.rollout.grad_step)} | self.prompts.reference.compare(made.latents)
+        objective = self._critic_loss if role == "critic" else self._generator_loss
+        loss, more = objective(made, embeds, batch, step)
+        return loss, logs | more
+
+    # Rollout
+
+    def exit_step(self, role: str, step: int) -> int:
+        """Index of the denoising step at which every chunk on every rank stops."""
+        draw = keyed_generator(self.config.seed, "exit", role, step)
+        return int(torch.randint(len(self.config.sampler.steps), (), generator=draw))
+
+    def num_chunks(self, role: str, step: int) -> int:
+        """Chunks of the rollout, the same on every rank: from the window up to the longest, all equally likely."""
+        draw = keyed_generator(self.config.seed, "length", role, step)
+        return int(torch.randint(self.window, self.max_chunks + 1, (), generator=draw))
+
+    def _generated(self, role: str, batch: dict[str, Any], step: int, embeds: torch.Tensor) -> Generated:
+        """Roll the generator out; for its own update with gradient on the window's chunks."""
+        chunks, seed, indices = self.num_chunks(role, step), self.config.seed, batch["indices"]
+        longer = chunks > self.window
+        # The first chunk of a window inside a longer video holds a re-encoded frame that is not the generator's.
+        trained = self.window - 1 if longer else self.window
+
+        def noise(chunk: int, denoising_step: int, shape: tuple[int, ...]) -> torch.Tensor:
+            keys = ((seed, "rollout", role, step, index, chunk, denoising_step) for index in indices)
+            return torch.stack([keyed_randn(shape, *key) for key in keys])  # [B, C, F, H, W]
+
+        with torch.set_grad_enabled(role == "generator"):
+            rollout = Rollout(
+                self.transformer,
+                self.new_cache(),
+                self.config.sampler,
+                Prompts(embeds),
+                noise,
+                grad_step=self.exit_step(role, step),
+                grad_from=chunks - trained if role == "generator" else chunks,
+            )
+            video = torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)  # [B, C, N, H, W]
+        expected = self._has_mid and self._reaches_mid(chunks, rollout.cache.geometry)
+        if expected and rollout.mid_tokens_attended == 0:
+            raise ConfigError(self._inert(chunks))
+        if longer:
+            return Generated(self._as_clip(video), self.config.video.frames_per_chunk, rollout)
+        return Generated(video, 0, rollout)
+
+    @torch.no_grad()
+    def _image_latent(self, latents: torch.Tensor) -> torch.Tensor:
+        """The last pixel frame of a video's latents [B, C, n, H, W], encoded as an image: [B, C, 1, H, W].
+
+        The scores know clips whose first latent stands for one frame, not four.
+        """
+        decoder = StreamingDecoder(self.decoder_vae)
+        for frame in latents.split(1, dim=2):
+            pixels = decoder.decode(frame)  # [B, 3, 1 or 4, 8H, 8W]
+        encoded = self.decoder_vae.encode(pixels[:, :, -1:]).latent_dist.mode()  # [B, C, 1, H, W]
+        return normalise(self.decoder_vae, encoded)
+
+    def _as_clip(self, video: torch.Tensor) -> torch.Tensor:
+        """The last window of a longer video [B, C, N, H, W] as a clip of its own [B, C, F, H, W]."""
+        frames = self.config.video.trained_frames
+        first = self._image_latent(video[:, :, : 1 - frames].detach())
+        return torch.cat([first.to(video), video[:, :, 1 - frames :]], dim=2)
+
+    # Scores
+
+    def _score_input(self, role: str, x0: torch.Tensor, batch: dict[str, Any], step: int):
+        """x0 [B, C, F, H, W] -> timestep [B] (uniform, shifted, clamped; one per sample), noise, noisy latents."""
+        dmd, picks, noise = self.config.dmd, [], []
+        for index in batch["indices"]:
+            draw = keyed_generator(self.config.seed, "score", role, step, index)
+            picks.append(torch.randint(NUM_TIMESTEPS, (), generator=draw))
+            noise.append(torch.randn(x0.shape[1:], generator=draw))
+        u = torch.stack(picks) / NUM_TIMESTEPS  # [B]
+        timestep = NUM_TIMESTEPS * dmd.score_shift * u / (1 + (dmd.score_shift - 1) * u)
+        timestep = timestep.clamp(dmd.min_timestep, dmd.max_timestep).to(x0.device)
+        noise = torch.stack(noise).to(x0.device)
+        return timestep, noise, self.schedule.add_noise(x0.detach(), noise, timestep)
+
+    @staticmethod
+    def _flow(model: nn.Module, noisy: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return model(noisy, timestep, embeds, return_dict=False)[0].float()  # [B, C, F, H, W]
+
+    def _generator_loss(self, made: Generated, embeds: torch.Tensor, batch: dict[str, Any], step: int):
+        """The DMD loss. Logs the size of its gradient and whether the critic keeps up.
+
+        `critic_lag`: flow error of the critic on these clips over that of the teacher. Below 1 the critic knows them
+        better than the teacher does; at 1 and above it has learnt nothing about them, and the gradient is noise.
+        """
+        x0, skip = made.latents, made.frozen_frames
+        with torch.no_grad():
+            timestep, noise, noisy = self._score_input("generator", x0, batch, step)
+            critic_flow = self._flow(self.critic, noisy, timestep, embeds)
+            negative = self.text.encode([self.config.sampler.negative_prompt]).expand_as(embeds)
+            both = self._flow(
+                self.teacher, noisy.repeat(2, 1, 1, 1, 1), timestep.repeat(2), torch.cat((embeds, negative))
+            )
+            teacher_flow, uncond_flow = both.chunk(2)
+            fake, real, uncond = (
+                self.schedule.flow_to_x0(flow, noisy, timestep) for flow in (critic_flow, teacher_flow, uncond_flow)
+            )
+            gradient = kl_gradient(x0, fake, guided(real, uncond, self.config.dmd.guidance))
+            critic_error, teacher_error = (flow_loss(flow, noise, x0).mean() for flow in (critic_flow, teacher_flow))
+        loss = dmd_loss(x0[:, :, skip:], gradient[:, :, skip:])
+        return loss.float(), {
+            "kl_gradient": gradient[:, :, skip:].abs().mean().item(),
+            "critic_error": critic_error.item(),
+            "teacher_error": teacher_error.item(),
+            "critic_lag": (critic_error / teacher_error.clamp_min(_TINY)).item(),
+        }
+
+    def _critic_loss(self, made: Generated, embeds: torch.Tensor, batch: dict[str, Any], step: int):
+        """Flow matching on the generator's clips, renoised."""
+        timestep, noise, noisy = self._score_input("critic", made.latents, batch, step)
+        flow = self._flow(self.critic, noisy, timestep, embeds)
+        return flow_loss(flow, noise, made.latents).mean(), {}

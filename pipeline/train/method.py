@@ -1,0 +1,88 @@
+"""What a training stage is to the trainer: modules, samples by index, a loss, and how to show and store the result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.config import Config, OptimizerConfig
+from utils.config import Stage as StageName
+from utils.distributed import World
+
+Weights = dict[str, dict[str, torch.Tensor]]  # role -> parameter name -> value
+
+
+class Stage(ABC):
+    """One training stage.
+
+    Attributes:
+        name: for logs and checkpoints.
+        modules: role -> trainable module; each role has its own optimizer, EMA and gradient clip.
+        targets: role -> module of the same parameters that the stage runs and the trainer keeps at the role's EMA.
+        frozen: further modules that are run; nothing changes them.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    targets: Mapping[str, nn.Module] = {}
+    frozen: Mapping[str, nn.Module] = {}
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """What is placed and sharded beside `modules` and `targets`."""
+        return list(self.frozen.values())
+
+    def roles(self, step: int) -> tuple[str, ...]:
+        """Roles that are updated at a step, in order."""
+        return tuple(self.modules)
+
+    def optimizer(self, role: str) -> OptimizerConfig | None:
+        """Optimizer settings of a role; None: `train.optimizer`."""
+        return None
+
+    def keeps_ema(self, role: str) -> bool:
+        """Whether the role's EMA is of any use."""
+        return True
+
+    def parts(self, role: str) -> dict[str, nn.Module]:
+        """Parts of a role's module whose gradient and update norms are logged on their own."""
+        return {}
+
+    @abstractmethod
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """Samples by global index: a pure function of (seed, step, index)."""
+
+    @abstractmethod
+    def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean over the batch's samples (float32 scalar with gradient), and numbers to log."""
+
+    @abstractmethod
+    def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
+        """Write videos of the fixed prompts to `folder`, from the EMA where there is one; returns numbers to log.
+        Without a folder, on a rank that holds shards: take part in what is collective, write nothing."""
+
+    @abstractmethod
+    def export(self, folder: Path | None, ema: Weights | None) -> None:
+        """Write what later stages and inference load, from the EMA where there is one; without a folder as above."""
+
+    def compile(self) -> None:  # noqa: B027 - a stage may have nothing to compile
+        """Compile what is worth it."""
+
+
+def build_stage(config: Config, device: torch.device, world: World) -> Stage:
+    """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
+    module, name = _STAGES[config.train.stage]
+    return getattr(import_module(module), name)(config, device, world)
+
+
+_STAGES = {  # by name: the stages' modules import this one
+    StageName.vae: ("pipeline.train.vae", "VAEStage"),
+    StageName.teacher: ("pipeline.train.flow", "TeacherStage"),
+    StageName.ar_diffusion: ("pipeline.train.flow", "ARDiffusionStage"),
+    StageName.consistency: ("pipeline.train.consistency", "ConsistencyStage"),
+    StageName.ode: ("pipeline.train.ode", "ODEStage"),
+    StageName.dmd: ("pipeline.train.dmd", "DMDStage"),
+}

@@ -1,0 +1,83 @@
+"""Causal ODE regression: a few-step initialisation from stored trajectories (Causal Forcing, arXiv 2602.02214).
+
+The student sees the AR-diffusion model's trajectory where one of its own steps starts, a step of its own for every
+chunk, teacher-forced on the trajectory's end, and must name that end in one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from model.schedule import FlowMatchSchedule
+from pipeline.data.clips import place_of
+from pipeline.train.generator import CausalGeneratorStage, Generator
+from pipeline.train.roles import check_student, load_student, load_text
+from pipeline.train.stage_parts import need_folder
+from pipeline.train.trajectories import Trajectories, student_steps
+from utils.config import Config, ConfigError
+from utils.distributed import World
+from utils.rng import keyed_generator
+
+
+class ODEStage(CausalGeneratorStage):
+    """Student on the trajectories in `ode.path`."""
+
+    name = "ode"
+
+    def __init__(self, config: Config, device: torch.device, world: World):
+        check_student(config)
+        self.config, self.device = config, device
+        self.vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+        self.trajectories = Trajectories(need_folder(config.ode.path, "ode.path", "trajectories"))
+        self.steps = student_steps(config)  # [S]
+        self.columns = self.trajectories.columns(self.steps.tolist())
+        made_with, chunk = self.trajectories.meta["frames_per_chunk"], config.video.frames_per_chunk
+        if made_with != chunk:
+            raise ConfigError(
+                f"setting `video.frames_per_chunk` is {chunk}: the trajectories in {config.ode.path} were made with "
+                f"chunks of {made_with}"
+            )
+        _, latents, _ = self.trajectories[0]
+        self.latent_shape = (latents.shape[0], *latents.shape[2:])
+        self.text = load_text(config, device)
+        self.transformer = load_student(config, self.text, device, latents.shape[0])
+        self.modules = {"generator": Generator(self.transformer)}
+        self.schedule = FlowMatchSchedule(config.sampler.shift)
+
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """`noisy` and `latents` [B, C, F, H, W], `pick` [B, G]: which of the student's steps a chunk is at, prompts."""
+        seed, chunk = self.config.seed, self.config.video.frames_per_chunk
+        noisy, latents, picks, prompts = [], [], [], []
+        for index in sample_indices:
+            points, end, prompt = self.trajectories[place_of(len(self.trajectories), seed, index)]
+            groups = end.shape[1] // chunk
+            pick = torch.randint(len(self.steps), (groups,), generator=keyed_generator(seed, "step", step, index))
+            columns = torch.tensor(self.columns)[pick].repeat_interleave(chunk)  # [F]
+            noisy.append(points[columns, :, torch.arange(end.shape[1])].transpose(0, 1))  # [C, F, H, W]
+            latents.append(end)
+            picks.append(pick)
+            prompts.append(prompt)
+        return {
+            "noisy": torch.stack(noisy).to(self.device),
+            "latents": torch.stack(latents).to(self.device),
+            "pick": torch.stack(picks).to(self.device),
+            "prompts": prompts,
+        }
+
+    def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean squared error of x0 against the trajectory's end; logged for every step of the student."""
+        noisy, latents, pick = batch["noisy"], batch["latents"], batch["pick"]
+        chunk = self.config.video.frames_per_chunk
+        timestep = self.steps.to(self.device)[pick].repeat_interleave(chunk, dim=1)  # [B, F]
+        embeds = self.text.encode(batch["prompts"])  # [B, text_len, text_dim]
+        flow = self.transformer(noisy, timestep, embeds, clean_hidden_states=latents).sample.float()
+        x0 = self.schedule.flow_to_x0(flow, noisy, timestep)  # [B, C, F, H, W]
+        errors = (x0 - latents).square().unflatten(2, (-1, chunk)).mean(dim=(1, 3, 4, 5))  # [B, G]
+        logs = {}
+        for i, value in enumerate(self.steps.tolist()):
+            chosen = errors[pick == i] if (pick == i).any() else errors
+            logs[f"mse_{value:.0f}"] = chosen.mean().item()
+        return errors.mean(), logs

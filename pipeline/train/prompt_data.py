@@ -1,0 +1,96 @@
+"""Prompts to train on, and what the latents of a rollout are held against to see a bad run early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from pipeline.data.clips import place_of
+from pipeline.data.prompts import read_prompts
+from pipeline.train.stage_parts import LatentData
+from utils.config import Config, ConfigError
+from utils.distributed import World
+
+REFERENCE_CLIPS = 256
+_TINY = 1e-6  # keeps logs of a collapsed rollout finite
+
+
+def latent_statistics(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and deviation of every channel, and motion, of latents [B, C, F, H, W]: float32 [B, C], [B, C], [B].
+
+    Motion is the root mean square difference of successive frames over the clip's deviation times sqrt(2): 0 for a
+    still, 1 where frames have nothing to do with one another.
+    """
+    latents = latents.detach().float()
+    mean, std = latents.mean(dim=(2, 3, 4)), latents.std(dim=(2, 3, 4))  # [B, C] each
+    steps = latents.diff(dim=2)  # [B, C, F - 1, H, W]
+    motion = steps.square().flatten(1).mean(1).sqrt() if steps.numel() else steps.new_zeros(len(latents))
+    return mean, std, motion / (2 * std.square().mean(1)).sqrt().clamp_min(_TINY)
+
+
+@dataclass(frozen=True)
+class LatentReference:
+    """What latents should look like: averages over clips of mean and deviation [C] and of motion.
+
+    Without clips: mean 0 and deviation 1, as the VAE's own statistics make them, and no motion.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    motion: float | None
+
+    @classmethod
+    def of_clips(cls, clips: Iterable[torch.Tensor]) -> LatentReference:
+        """clips: latents [C, F, H, W] each."""
+        measured = [latent_statistics(clip[None]) for clip in clips]  # one by one, for the memory
+        mean, std, motion = (torch.cat(values).mean(0) for values in zip(*measured, strict=True))
+        return cls(mean, std.clamp_min(_TINY), motion.item())
+
+    @classmethod
+    def of_vae(cls, channels: int) -> LatentReference:
+        return cls(torch.zeros(channels), torch.ones(channels), None)
+
+    def compare(self, latents: torch.Tensor) -> dict[str, float]:
+        """Numbers to log of latents [B, C, F, H, W]: per channel the mean (0 is right, in units of the reference's
+        deviation) and the deviation (1 is right), the channels' worst, and motion.
+        """
+        mean, std, motion = (x.mean(0).cpu() for x in latent_statistics(latents))
+        shift, spread = (mean - self.mean) / self.std, std / self.std  # [C] each
+        logs = {f"latent_mean/{channel:02d}": value for channel, value in enumerate(shift.tolist())}
+        logs |= {f"latent_std/{channel:02d}": value for channel, value in enumerate(spread.tolist())}
+        logs |= {"latent_mean_worst": shift.abs().max().item(), "latent_std_least": spread.min().item()}
+        logs |= {"latent_std_most": spread.max().item(), "motion": motion.item()}
+        if self.motion is not None:
+            logs["motion_against_data"] = motion.item() / max(self.motion, _TINY)
+        return logs
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """Training prompts, each once per epoch, and the reference that belongs to them."""
+
+    prompts: list[str]
+    reference: LatentReference
+
+    @classmethod
+    def load(cls, config: Config, channels: int, device: torch.device, world: World) -> PromptData:
+        """From a text file (`data.kind` prompts), or the captions of cached clips, whose latents are the reference.
+
+        Raises `ConfigError` for a file or folder that is not there, or latents of other than `channels` channels.
+        """
+        if config.data.kind == "prompts":
+            if config.data.path is None:
+                raise ConfigError("setting `data.path` is not set: name a file with one prompt per line")
+            return cls(read_prompts(config.data.path), LatentReference.of_vae(channels))
+        data = LatentData.load(config, device, world)
+        if data.channels != channels:
+            raise ConfigError(f"setting `data.path`: its latents have {data.channels} channels, the model {channels}")
+        reference = LatentReference.of_clips(islice(data.clips, REFERENCE_CLIPS))
+        return cls(data.clips.captions, reference)
+
+    def prompt(self, seed: int, index: int) -> str:
+        """The prompt of training sample `index`."""
+        return self.prompts[place_of(len(self.prompts), seed, index)]

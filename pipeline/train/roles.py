@@ -1,0 +1,121 @@
+"""What the distillation stages start from: the student, and checks that its settings make sense."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from model.causal_wan import CausalWanModel
+from model.matmul_attention import prepare_for_cpu
+from model.weights import cast_weights
+from pipeline.bundle import load_transformer, read_json, transformer_settings
+from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder
+from utils.config import Config, ConfigError, SamplerKind
+
+
+def check_student(config: Config) -> None:
+    """Raise `ConfigError` where the settings cannot be those of a few-step student; loads nothing."""
+    train, sampler, video = config.train, config.sampler, config.video
+    if train.init_from is not None:
+        raise ConfigError(
+            f"setting `train.init_from` is {train.init_from}: stage {train.stage.value} starts from model.bundle and "
+            "model.checkpoint; unset it"
+        )
+    if train.text_from is None and config.data.text_embeddings is None:
+        raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
+    if sampler.kind != SamplerKind.few_step or sampler.guidance != 1:
+        raise ConfigError(
+            f"settings `sampler.kind` and `sampler.guidance` are {sampler.kind.value} and {sampler.guidance}: a "
+            "student takes sampler.kind=few_step and sampler.guidance=1"
+        )
+    if video.trained_frames % video.frames_per_chunk:
+        raise ConfigError(
+            f"setting `video.trained_frames` is {video.trained_frames}: must be a multiple of "
+            f"video.frames_per_chunk={video.frames_per_chunk}"
+        )
+    if train.phases:
+        raise ConfigError(f"setting `train.phases`: stage {train.stage.value} has none; use train.batch_size")
+
+
+def load_text(config: Config, device: torch.device) -> TextConditioning:
+    """The frozen text encoder, padding prompts to the length that the student's own settings name."""
+    return TextConditioning.load(config, device, transformer_settings(config)["text_len"])
+
+
+def load_student(
+    config: Config, text: TextConditioning, device: torch.device, channels: int | None = None
+) -> CausalWanModel:
+    """The causal DiT that `model` names, float32, in training mode.
+
+    Raises `ConfigError` where it does not fit the text encoder, or latents of `channels` channels to train on.
+    """
+    model = prepare(load_transformer(config), config, device).train()
+    _check_text(model, text, "model.bundle")
+    if channels not in (None, model.config.in_channels):
+        raise ConfigError(
+            f"setting `model.bundle`: the model has {model.config.in_channels} latent channels, the training data "
+            f"{channels}"
+        )
+    return model
+
+
+def load_score(path: str | None, key: str, student: CausalWanModel, config: Config, text: TextConditioning,
+               device: torch.device, frozen: bool) -> WanTransformer3DModel:  # fmt: skip
+    """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32; in mixed precision a
+    frozen one is in the bfloat16 that autocast would make of it at every call, at half the memory.
+
+    With `model.random_init` (benchmarks) it needs no weights: they are random, of the shape that a config.json in the
+    folder names, or without a folder of the student's.
+
+    Raises `ConfigError`, naming setting `key`, where there is none or it does not fit.
+    """
+    dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
+    if config.model.random_init and path is None:
+        return prepare(_random_score(dict(student.config), config.seed), config, device, dtype)
+    folder = need_folder(path, key, "a WanTransformer3DModel")
+    if config.model.random_init and not any(folder.glob("*.safetensors*")):
+        model = _random_score(read_json(folder / "config.json"), config.seed)
+    else:
+        model = load_wan(path, key, dtype)
+    if model.config.in_channels != student.config.in_channels:
+        raise ConfigError(
+            f"setting `{key}` is {path}: a model of {model.config.in_channels} latent channels, the student has "
+            f"{student.config.in_channels}"
+        )
+    _check_text(model, text, key)
+    return prepare(model, config, device, dtype)
+
+
+def _random_score(settings: dict[str, Any], seed: int) -> WanTransformer3DModel:
+    """Of `settings`, what a WanTransformer3DModel does not know is left out."""
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanTransformer3DModel(**{key: value for key, value in settings.items() if key in known})
+
+
+def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = torch.float32):
+    """In `dtype` but for what Wan needs in float32, with gradient checkpointing where asked for and what makes `device`
+    faster; returns it. Whoever runs it moves it there: the trainer does so in shards."""
+    cast_weights(model, dtype, model._keep_in_fp32_modules)
+    if device.type == "cpu":
+        prepare_for_cpu(model)
+    if config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def latent_size(config: Config, stride: int) -> tuple[int, int]:
+    """Latent height and width of `video`. `stride`: pixels per latent."""
+    return config.video.height // stride, config.video.width // stride
+
+
+def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:
+    if model.config.text_dim != text.text_dim:
+        raise ConfigError(
+            f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, those of "
+            f"train.text_from or data.text_embeddings are {text.text_dim} wide"
+        )

@@ -1,0 +1,272 @@
+"""Parts that stages are put together from: conditioning on text, cached latents, weights swapped for their EMA."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from model.weights import CheckpointError, cast_weights, content_hash
+from pipeline.bundle import load_library_model, vae_shape_of
+from pipeline.data.clips import LatentClips, sprite_clips
+from pipeline.data.latents import write_latents
+from pipeline.data.prompts import data_prompts, fixed_prompts
+from pipeline.data.shards import META
+from pipeline.data.text_embeddings import TextEmbeddings
+from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
+from pipeline.train.parallel import plain_copy
+from utils.config import Config, ConfigError, TextPlacement
+from utils.distributed import World
+
+log = logging.getLogger(__name__)
+
+MEMO_BYTES = 2**30  # of remembered prompt embeddings
+
+
+def need_folder(path: str | None, key: str, part: str) -> Path:
+    """The folder that setting `key` names. Raises `ConfigError` where it is unset or not there."""
+    if path is None:
+        raise ConfigError(f"setting `{key}` is not set: name a folder with {part}")
+    if not Path(path).is_dir():
+        raise ConfigError(f"setting `{key}` is {path}: there is no such folder")
+    return Path(path)
+
+
+@dataclass
+class TextConditioning:
+    """Text encoder and tokenizer of a stage, or the embeddings that stand for them.
+
+    Attributes:
+        tokenizer, encoder: None where embeddings are `stored`.
+        trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
+        device: where embeddings are wanted.
+        stored: what `data.text_embeddings` names.
+        source: folder that the frozen encoder and tokenizer are from.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    encoder: UMT5EncoderModel | None
+    text_len: int
+    trainable: bool
+    device: torch.device
+    stored: TextEmbeddings | None = None
+    source: Path | None = None
+    _memo: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
+        """From `data.text_embeddings`, or `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of
+        width `model.text_dim`. `text_len`: tokens that the DiT takes.
+
+        Raises `ConfigError` where these are not there, or stored embeddings lack a prompt that training would ask for.
+        """
+        model = config.model
+        if config.data.text_embeddings is not None:
+            stored = TextEmbeddings(config.data.text_embeddings)
+            if stored.text_len != text_len:
+                raise ConfigError(
+                    f"setting `data.text_embeddings` is {stored.folder}: its prompts were cut at {stored.text_len} "
+                    f"tokens, the model takes {text_len}; write them again with scripts/precompute_text.py"
+                )
+            stored.require(fixed_prompts(config) + data_prompts(config))
+            source = None
+            if config.train.text_from is not None:
+                source = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
+                for part in ("text_encoder", "tokenizer"):
+                    need_folder(str(source / part), "train.text_from", part)
+            return cls(None, None, text_len, trainable=False, device=device, stored=stored, source=source)
+        if config.train.text_from is None:
+            tokenizer = sprite_tokenizer()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
+            return cls(tokenizer, encoder.to(device).train(), text_len, trainable=True, device=device)
+        folder = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto", local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"setting `train.text_from` is {folder}: no text encoder there ({reason})") from error
+        if config.train.text_placement == TextPlacement.device:
+            encoder = encoder.float().to(device)
+        encoder = encoder.requires_grad_(False).eval()
+        return cls(tokenizer, encoder, text_len, trainable=False, device=device, source=folder)
+
+    @property
+    def text_dim(self) -> int:
+        return self.encoder.config.d_model if self.stored is None else self.stored.text_dim
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained."""
+        if self.trainable:
+            return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        if isinstance(self.encoder, FSDPModule):  # ranks must call it alike, so nothing is remembered
+            return self._run_encoder(prompts)
+        found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
+        for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
+            found[prompt] = self._embed(prompt)
+        self._memo |= found
+        while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
+            del self._memo[next(iter(self._memo))]  # the oldest
+        return torch.stack([found[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> torch.Tensor:
+        """[text_len, text_dim], zero past the prompt's end."""
+        if self.stored is not None:
+            embedding = self.stored[prompt].to(self.device, torch.float32)  # [length, text_dim]
+            return nn.functional.pad(embedding, (0, 0, 0, self.text_len - len(embedding)))
+        return self._run_encoder([prompt])[0]
+
+    @torch.no_grad()
+    def _run_encoder(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]."""
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            embeddings = encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        return embeddings.to(self.device, torch.float32)
+
+    def save(self, folder: Path | None) -> None:
+        """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded. Without
+        a folder: only take part in gathering a sharded encoder."""
+        if self.encoder is not None:
+            save_exported(self.encoder, folder, "text_encoder")
+        if folder is None:
+            return
+        if self.encoder is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+        elif self.source is not None:
+            for part in ("text_encoder", "tokenizer"):
+                shutil.copytree(self.source / part, folder / part, dirs_exist_ok=True)
+        else:
+            log.warning("%s gets no text encoder and tokenizer: train.text_from does not say where they are", folder)
+
+
+@dataclass
+class LatentData:
+    """Cached latents: whole clips, and stills (clips of one frame) for phases of one latent frame."""
+
+    clips: LatentClips
+    stills: LatentClips | None
+    vae_folder: Path
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device, world: World) -> LatentData:
+        """Read `data.path`; where `data.kind` is sprites, render and encode what is missing there first."""
+        data = config.data
+        if data.kind == "prompts":
+            raise ConfigError("setting `data.kind` is prompts: this stage learns from clips; use sprites or latents")
+        vae_folder = need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
+        if data.path is None:
+            raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
+        parts = {"clips": (data.num_clips, data.clip_frames), "stills": (data.num_stills, 1)}
+        folders = {name: Path(data.path) / name for name, (count, _) in parts.items() if count}
+        if data.kind == "sprites":
+            from pipeline.data.vae_clip import channels_last  # pipeline/train/vae.py imports this module
+
+            vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
+            vae_hash = content_hash(vae_folder)
+            for name, folder in folders.items():
+                count, frames = parts[name]
+                source = sprite_clips(config.seed, count, frames, config.video.height, config.video.width)
+                write_latents(source, vae, vae_hash, folder, world)
+        loaded = {name: LatentClips(folder) for name, folder in folders.items()}
+        for name, folder in folders.items():
+            _check_latents(loaded[name], folder, vae_folder, config)
+        return cls(loaded["clips"], loaded.get("stills"), vae_folder)
+
+    @property
+    def frames(self) -> int:
+        return self.clips.frames
+
+    @property
+    def channels(self) -> int:
+        return self.clips.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Latent height and width."""
+        return self.clips.shape[-2:]
+
+    def sample(self, seed: int, index: int, frames: int) -> tuple[torch.Tensor, str]:
+        """The first `frames` latent frames [C, frames, H, W] of the clip that sample `index` shows, and its caption.
+
+        A crop starts at latent frame 0, as that one alone stands for a single pixel frame.
+        """
+        source = self.stills if frames == 1 and self.stills is not None else self.clips
+        if frames > source.frames:
+            raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
+        clip = source.clip_of(seed, index)
+        return source[clip][:, :frames], source.captions[clip]
+
+
+def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
+    """Raise `ConfigError` where latents are of another VAE than `data.vae`, or of another size than `video`."""
+    made_by = json.loads((folder / META).read_text(encoding="utf-8"))
+    if made_by["vae"] != content_hash(vae_folder):
+        raise ConfigError(f"setting `data.vae` is {vae_folder}: the latents in {folder} are of another VAE")
+    stride, video = vae_shape_of(vae_folder).spatial_stride, config.video
+    height, width = (stride * size for size in clips.shape[-2:])
+    if (height, width) != (video.height, video.width):
+        raise ConfigError(
+            f"settings `video.height` and `video.width` are {video.height} and {video.width}: the latents in {folder} "
+            f"are of {height}x{width} videos"
+        )
+
+
+@contextmanager
+def swapped_in(module: nn.Module, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """Give the module's parameters other values (its EMA) for the length of the block."""
+    if weights is None:
+        yield
+        return
+    own = {name: p.detach().clone() for name, p in module.named_parameters() if name in weights}
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                if name in own:
+                    p.copy_(own[name])
+
+
+def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module | None:
+    """A copy on the CPU with every weight in `dtype`, to be saved; where the model is sharded, all ranks must call it
+    and the first one alone gets the copy."""
+    copy = plain_copy(model)
+    if copy is not None:
+        cast_weights(copy, dtype, keep_in_fp32=None)
+    return copy
+
+
+def save_exported(model: nn.Module, folder: Path | None, name: str) -> None:
+    """`exported(model)` to `folder/name`; a rank without a folder only takes part in gathering shards."""
+    copy = exported(model)
+    if copy is not None and folder is not None:
+        copy.save_pretrained(folder / name)
+
+
+def load_wan(path: str | None, key: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """The bidirectional DiT that setting `key` names, in `dtype` but for what Wan needs in float32.
+
+    Raises `ConfigError` where the setting is unset, or the folder does not hold exactly such a model's weights.
+    """
+    folder = need_folder(path, key, "a WanTransformer3DModel")
+    try:
+        return load_library_model(WanTransformer3DModel, folder, dtype)
+    except CheckpointError as error:
+        raise ConfigError(f"setting `{key}`: {error}") from error

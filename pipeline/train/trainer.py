@@ -1,0 +1,299 @@
+"""The one trainer. It knows steps, ranks, checkpoints and logs; what is trained, on what and how, is the stage's.
+
+A run is a function of its config alone: sample indices follow from the step, all randomness of a stage from (seed,
+purpose, step, sample index), and a checkpoint holds everything else, so a killed run goes on bit for bit. Where weights
+are sharded, every rank takes part in samples and export too.
+"""
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_info, read_into
+from pipeline.train.method import Stage, Weights
+from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
+from pipeline.train.state import RoleState
+from utils.config import Config, ConfigError
+from utils.distributed import World, average, barrier, from_main
+from utils.load_config import to_yaml
+from utils.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+MAX_BAD_STEPS = 3
+_KIB_PER_GIB = 2**20
+Result = TypeVar("Result")
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss or gradient was not finite for several steps in a row."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many samples every step takes: per rank and micro-step `batch_size(step)`, ranks x accumulation of them.
+
+    `taken_elsewhere`: samples that steps before a resume took more than they would have with this number of ranks.
+    """
+
+    config: Config
+    world_size: int
+    taken_elsewhere: int = 0
+
+    def phase_of(self, step: int) -> tuple[int, int]:
+        """(index of the curriculum's phase, steps before it); the last phase has no end."""
+        phases, start = self.config.train.phases, 0
+        for i, phase in enumerate(phases[:-1]):
+            if step < start + phase.steps:
+                return i, start
+            start += phase.steps
+        return len(phases) - 1, start
+
+    def batch_size(self, step: int) -> int:
+        train = self.config.train
+        return train.phases[self.phase_of(step)[0]].batch_size if train.phases else train.batch_size
+
+    def total(self, step: int) -> int:
+        return self.batch_size(step) * self.world_size * self.config.train.gradient_accumulation
+
+    def samples_before(self, step: int) -> int:
+        """Samples that all ranks took in steps 0 .. step-1."""
+        if not self.config.train.phases:
+            return step * self.total(0) + self.taken_elsewhere
+        current, start = self.phase_of(step)
+        done = sum(p.steps * p.batch_size for p in self.config.train.phases[:current])
+        done += (step - start) * self.batch_size(step)
+        return done * self.world_size * self.config.train.gradient_accumulation + self.taken_elsewhere
+
+    def indices(self, step: int, micro: int, rank: int) -> range:
+        """Global sample indices of one rank's micro-batch."""
+        size = self.batch_size(step)
+        first = self.samples_before(step) + (micro * self.world_size + rank) * size
+        return range(first, first + size)
+
+
+class Trainer:
+    """Runs a stage from its last checkpoint in `logdir`, or from the start.
+
+    Args:
+        config: settings; `train` and `seed` are read here.
+        stage: what is trained.
+        world: this process's place among the ranks.
+        logdir: the run's folder.
+        tracker: where numbers go.
+        save: write checkpoints and exports.
+        visualize: write sample videos.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stage: Stage,
+        world: World,
+        logdir: Path,
+        tracker: Tracker,
+        device: torch.device,
+        save: bool = True,
+        visualize: bool = True,
+    ):
+        self.config, self.stage, self.world, self.logdir, self.tracker = config, stage, world, logdir, tracker
+        self.device, self.save, self.visualize = device, save, visualize
+        train = config.train
+        self.plan = StepPlan(config, world.size)
+        self.sharded = prepare_stage(stage, config, world, device)
+        self.states = {
+            role: RoleState(
+                module,
+                stage.optimizer(role) or train.optimizer,
+                train.max_steps,
+                train.ema_decay,
+                train.ema_start_step if stage.keeps_ema(role) else None,
+                stage.targets.get(role),
+                stage.parts(role),
+            )
+            for role, module in stage.modules.items()
+        }
+        self.step = 0
+        self.skipped = 0  # steps without an update, over the whole run
+        self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
+        self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world)
+        self.saved_step = self._resume()  # of the last checkpoint
+
+    def ema(self) -> Weights | None:
+        """EMA weights of the roles, once they exist."""
+        weights = {role: state.ema for role, state in self.states.items() if state.ema is not None}
+        return weights or None
+
+    def run(self) -> None:
+        """Train to `train.max_steps`, then export. Raises `TrainingDivergedError`."""
+        try:
+            self._train()
+            if self.save and self.step != self.saved_step:
+                self._save_checkpoint()
+        finally:
+            self.checkpoints.finish()
+        if self.save:
+            self._written_once(lambda folder: self.stage.export(folder, self.ema()), self.logdir / "bundle")
+
+    def _train(self) -> None:
+        train = self.config.train
+        with tqdm(
+            total=train.max_steps, initial=self.step, desc=self.stage.name, unit="step", disable=not self.world.is_main
+        ) as bar:
+            while self.step < train.max_steps:
+                start = time.perf_counter()
+                logs = self._train_step()
+                self.step += 1
+                seconds = time.perf_counter() - start
+                logs |= {"samples_per_s": self.plan.total(self.step - 1) / seconds, "seconds": seconds}
+                logs |= {"samples": self.plan.samples_before(self.step), "peak_gib": _peak_memory(self.device)}
+                if self.step % train.log_every == 0:
+                    self.tracker.log(logs, self.step)
+                bar.update()
+                bar.set_postfix_str(
+                    f"{logs['samples_per_s']:.1f} samples/s, loss {logs['loss']:.4f}, {logs['peak_gib']:.1f} GiB",
+                    refresh=False,
+                )
+                self._periodic()
+
+    def _periodic(self) -> None:
+        train = self.config.train
+        self.checkpoints.poll()
+        if self.save and self.step % train.checkpoint_every == 0:
+            self._save_checkpoint()
+        if self.visualize and train.sample_every and self.step % train.sample_every == 0:
+            folder = self.logdir / "samples" / f"step-{self.step:08d}"
+            scores = self._written_once(lambda folder: self.stage.sample(self.step, folder, self.ema()), folder)
+            if scores:
+                self.tracker.log({f"sample/{key}": value for key, value in scores.items()}, self.step)
+
+    def _written_once(self, write: Callable[[Path | None], Result], folder: Path) -> Result | None:
+        """Let the stage write to `folder` on the first rank. Where weights are sharded the others take part without a
+        folder, as forwards and gathering are collective."""
+        result = None
+        if self.world.is_main:
+            result = write(folder)
+        elif self.sharded:
+            write(None)
+        barrier(self.world)
+        return result
+
+    def _train_step(self) -> dict[str, float]:
+        """One step of every role that is due; returns the mean logs of micro-steps and ranks."""
+        logs: dict[str, float] = {}
+        for role in self.stage.roles(self.step):
+            found = self._update_role(role)
+            logs |= found
+            odd = [name for name, value in found.items() if not math.isfinite(value)]
+            self.bad_in_a_row[role] = self.bad_in_a_row[role] + 1 if odd else 0
+            if not odd:
+                continue
+            self.skipped += 1
+            log.warning("step %d: %s not finite; no update of the %s", self.step, ", ".join(odd), role)
+            if self.bad_in_a_row[role] >= MAX_BAD_STEPS:
+                raise TrainingDivergedError(
+                    f"step {self.step}: {odd[0]} was not finite at {MAX_BAD_STEPS} updates of the {role} in a row; "
+                    f"the last good checkpoint is in {self.checkpoints.folder}"
+                )
+        return logs | {"skipped_steps": self.skipped}
+
+    def _update_role(self, role: str) -> dict[str, float]:
+        """Loss, gradient and, where all that is logged of them is finite, the update of a role."""
+        state, train = self.states[role], self.config.train
+        micros, sums = train.gradient_accumulation, {}
+        for micro in range(micros):
+            set_gradient_sync(state.module, micro == micros - 1)
+            batch = self.stage.batch(self.step, self.plan.indices(self.step, micro, self.world.rank))
+            with self._autocast():
+                loss, logs = self.stage.loss(role, batch, self.step)
+            (loss / micros).backward()
+            for key, value in ({"loss": loss.item()} | logs).items():
+                sums[key] = sums.get(key, 0.0) + value / micros
+        average((g for g in state.gradients() if not isinstance(g, DTensor)), self.world)  # shards are averaged already
+        parts = state.gradient_norms()
+        norm = state.clip(train.max_grad_norm)
+        keys = sorted(sums)
+        means = torch.tensor([sums[key] for key in keys], dtype=torch.float64)
+        average([means], self.world)
+        logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm} | parts
+        if all(math.isfinite(value) for value in logs.values()):  # the same on every rank
+            logs |= state.update(self.step)
+        state.zero_grad()
+        prefix = "" if len(self.stage.modules) == 1 else f"{role}/"
+        return {"loss": logs["loss"]} | {prefix + key: value for key, value in logs.items()}
+
+    def _autocast(self):
+        if self.config.train.mixed_precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _save_checkpoint(self) -> None:
+        info = {
+            "step": self.step,
+            "stage": self.stage.name,
+            "samples": self.plan.samples_before(self.step),
+            "ranks": self.world.size,
+            "skipped": self.skipped,
+            "bad_in_a_row": self.bad_in_a_row,
+            "roles": {role: state.allocated() for role, state in self.states.items()},
+            "models": {
+                role: {name: model_config(model) for name, model in named_models(module)}
+                for role, module in self.stage.modules.items()
+            },
+        }
+        self.checkpoints.save(self.step, self._tensors(with_rng=True), info)
+        self.saved_step = self.step
+
+    def _tensors(self, with_rng: bool) -> dict[str, Any]:
+        tensors = {"roles": {role: state.tensors() for role, state in self.states.items()}}
+        if with_rng:
+            tensors["rng"] = {f"cpu-{self.world.rank}": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                tensors["rng"][f"cuda-{self.world.rank}"] = torch.cuda.get_rng_state()
+        return tensors
+
+    def _resume(self) -> int | None:
+        """Go on from the last checkpoint; returns its step, None where there is none."""
+        found = from_main(list_checkpoints(self.checkpoints.folder), self.world)
+        if not found:
+            return None
+        path, info = found[-1], read_info(found[-1])
+        if info["stage"] != self.stage.name:
+            raise ConfigError(
+                f"checkpoint {path} is of stage {info['stage']}, not {self.stage.name}: choose another train.logdir"
+            )
+        for role, state in self.states.items():
+            state.allocate(**info["roles"][role])
+        same_ranks = info["ranks"] == self.world.size
+        tensors = self._tensors(with_rng=same_ranks)
+        read_into(path, tensors)
+        if same_ranks:
+            torch.set_rng_state(tensors["rng"][f"cpu-{self.world.rank}"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng"][f"cuda-{self.world.rank}"])
+        self.step, self.skipped, self.bad_in_a_row = info["step"], info["skipped"], dict(info["bad_in_a_row"])
+        elsewhere = info["samples"] - self.plan.samples_before(self.step)
+        self.plan = replace(self.plan, taken_elsewhere=elsewhere)
+        log.info("resumed from %s", path)
+        return self.step
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Largest memory so far in GiB: of the accelerator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (_KIB_PER_GIB if sys.platform != "darwin" else 2**30)

@@ -1,0 +1,182 @@
+"""Sampling trajectories of the AR-diffusion model, stored where a few-step student starts its steps.
+
+A folder holds `trajectories-00000.safetensors` and so on: `points` float16 [n, S, C, F, H, W], the latents at S points
+of the trajectory, `latents` float16 [n, C, F, H, W], its end, and the prompts in the file's metadata; and, written
+last, `meta.json`: how they were made, with the S timesteps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from model.cache.cache import PackCache
+from model.causal_wan import CausalWanModel
+from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from pipeline.data.shards import META, keep_to_plan, unfinished, write_json, write_tensors
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.train.prompt_data import PromptData
+from pipeline.train.stage_parts import TextConditioning
+from utils.config import Config, ConfigError, SamplerKind
+from utils.distributed import World
+
+_SAME_STEP = 0.01  # timesteps closer than this are the same one
+
+
+def student_steps(config: Config) -> torch.Tensor:
+    """Timesteps of the few-step student, float32 [S]."""
+    sampler = config.sampler
+    return FlowMatchSchedule(sampler.shift).warp(sampler.steps) if sampler.warp else torch.tensor(sampler.steps)
+
+
+def grid_points(config: Config) -> list[int]:
+    """Which of the `ode.grid_steps` Euler steps start at the student's timesteps.
+
+    Raises `ConfigError` for a timestep that is not on the grid.
+    """
+    grid = NUM_TIMESTEPS * FlowMatchSchedule(config.sampler.shift).euler_sigmas(config.ode.grid_steps)[:-1]
+    points = []
+    for step, timestep in zip(config.sampler.steps, student_steps(config).tolist(), strict=True):
+        nearest = int((grid - timestep).abs().argmin())
+        if abs(grid[nearest] - timestep) > _SAME_STEP:
+            raise ConfigError(
+                f"setting `sampler.steps`: {step:g} (timestep {timestep:.2f}) is not among the {config.ode.grid_steps} "
+                f"steps of `ode.grid_steps`, whose nearest is {grid[nearest]:.2f}; choose a grid that contains it"
+            )
+        points.append(nearest)
+    return points
+
+
+def made_by(config: Config, weights: str, prompts: Sequence[str], frames: int) -> dict:
+    """Everything that trajectories are a function of, as JSON. `weights`: hash of the transformer's."""
+    ode = config.ode
+    return {
+        "timesteps": student_steps(config).tolist(),
+        "grid_steps": ode.grid_steps,
+        "guidance": ode.guidance,
+        "shift": config.sampler.shift,
+        "negative_prompt": config.sampler.negative_prompt,
+        "context_timestep": config.sampler.context_timestep,
+        "cache": json.loads(json.dumps(asdict(config.cache) | {"archive_device": None})),
+        "seed": config.seed,
+        "trajectories": ode.num_trajectories,
+        "shard_size": ode.shard_size,
+        "frames": frames,
+        "frames_per_chunk": config.video.frames_per_chunk,
+        "transformer": weights,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+    }
+
+
+@torch.no_grad()
+def sample_trajectories(
+    config: Config, model: CausalWanModel, cache: PackCache, text: TextConditioning, prompts: list[str],
+    samples: list[int],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`points` and `latents`, float32, of one batch: the inference rollout with `ode.grid_steps` guided Euler steps.
+
+    Args:
+        cache: empty.
+        samples: a number per prompt that sets its noise apart from that of the same prompt elsewhere.
+    """
+    ode, points = config.ode, grid_points(config)
+    sampler = replace(config.sampler, kind=SamplerKind.euler, num_steps=ode.grid_steps, guidance=ode.guidance)
+    embeds = text.encode([*prompts, sampler.negative_prompt])  # [B + 1, text_len, text_dim]
+    seen: dict[int, list[torch.Tensor]] = {point: [] for point in points}  # grid step -> its latents, chunk by chunk
+
+    def observe(chunk: int, step: int, latents: torch.Tensor) -> None:
+        if step in seen:
+            seen[step].append(latents.cpu())
+
+    noise = prompt_noise(config.seed, prompts, samples)
+    rollout = Rollout(model, cache, sampler, Prompts(embeds[:-1], embeds[-1:]), noise, observe=observe)
+    chunks = config.video.trained_frames // config.video.frames_per_chunk
+    latents = torch.cat([chunk.cpu() for _, chunk in rollout.run(chunks)], dim=2)  # [B, C, F, H, W]
+    stored = torch.stack([torch.cat(seen[point], dim=2) for point in points], dim=1)  # [B, S, C, F, H, W]
+    return {"points": stored, "latents": latents}
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"trajectories-{number:05d}.safetensors"
+
+
+def write_trajectories(
+    config: Config, model: CausalWanModel, text: TextConditioning, data: PromptData, size: tuple[int, int],
+    weights: str, world: World,
+) -> None:  # fmt: skip
+    """Fill the folder `ode.path`, the ranks taking shards in turn; finished shards are kept.
+
+    Args:
+        size: latent height and width.
+        weights: hash of the model's weights.
+
+    Raises `ConfigError` where the folder holds trajectories that were made otherwise.
+    """
+    ode, folder = config.ode, Path(config.ode.path)
+    plan = made_by(config, weights, data.prompts, config.video.trained_frames)
+    keep_to_plan(folder, plan, world)
+    paths = [shard_path(folder, number) for number in range(-(-ode.num_trajectories // ode.shard_size))]
+    for number in tqdm(unfinished(paths, world), unit="shard", disable=not world.is_main):
+        first = number * ode.shard_size
+        samples = range(first, min(first + ode.shard_size, ode.num_trajectories))
+        parts, prompts = [], [data.prompt(config.seed, index) for index in samples]
+        for start in range(0, len(samples), config.train.batch_size):
+            some = slice(start, start + config.train.batch_size)
+            cache = PackCache.for_model(model, config.cache, *size, config.video.trained_frames)
+            parts.append(sample_trajectories(config, model, cache, text, prompts[some], list(samples[some])))
+        tensors = {key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}
+        write_tensors(paths[number], tensors, {"prompts": json.dumps(prompts)})
+    if all(path.is_file() for path in paths):  # the rank that ends last; no barrier, which would time out
+        write_json(folder / META, plan)
+
+
+class Trajectories:
+    """A finished folder, read from disk as asked for.
+
+    Attributes:
+        timesteps: of the stored points.
+        meta: how they were made.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Raises `ConfigError` for a folder that is absent or unfinished."""
+        folder = Path(folder)
+        if not (folder / META).is_file():
+            raise ConfigError(
+                f"setting `ode.path` is {folder}: no finished set of trajectories is there; write one with "
+                "scripts/generate_ode_pairs.py"
+            )
+        self.meta = json.loads((folder / META).read_text())
+        self.timesteps: list[float] = self.meta["timesteps"]
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return self.meta["trajectories"]
+
+    def columns(self, timesteps: Sequence[float]) -> list[int]:
+        """Which stored point each timestep is. Raises `ConfigError` for one that was not stored."""
+        found = []
+        for timestep in timesteps:
+            near = [i for i, stored in enumerate(self.timesteps) if abs(stored - timestep) <= _SAME_STEP]
+            if not near:
+                have = ", ".join(f"{stored:.2f}" for stored in self.timesteps)
+                raise ConfigError(
+                    f"setting `sampler.steps`: timestep {timestep:.2f} is not stored in {self._folder}, which has "
+                    f"{have}; write trajectories for these steps with scripts/generate_ode_pairs.py"
+                )
+            found.append(near[0])
+        return found
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """points float32 [S, C, F, H, W], end of the trajectory float32 [C, F, H, W], prompt."""
+        number, row = divmod(index, self.meta["shard_size"])
+        with safe_open(shard_path(self._folder, number), framework="pt") as shard:
+            points, latents = (shard.get_slice(name)[row : row + 1][0].float() for name in ("points", "latents"))
+            return points, latents, json.loads(shard.metadata()["prompts"])[row]

@@ -1,0 +1,249 @@
+"""Readers for sprite-world videos: what each second shows, by plain image analysis, and how much of it is right.
+
+    readings = read_seconds(frames, fps)              # uint8 [F, H, W, 3] -> one Reading per whole second
+    marks = score(readings, parse_caption(prompt))  # one Mark per second and attribute
+
+No ground truth enters a reading: backgrounds are told apart by fitting every known one to the frame, sprites by what
+stands out from it, shapes by fitting outlines to the soft mask, motions by fitting paths to the track of its centre.
+Everything is done on the torus, so a sprite that crosses a border stays one sprite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from utils.sprites.motion import STILL, read_motion
+from utils.sprites.world import CELL, COLOURS, PATTERNS, SHAPES, CaptionFacts, background_image, outline_distance
+
+SPRITE_ATTRIBUTES = ("colour", "shape", "motion")
+ATTRIBUTES = (*SPRITE_ATTRIBUTES, "background", "pattern")
+PRESENT, MOVING = "present", "moving"  # marks of their own: a sprite is there; it is, and does not stand still
+MARKED = (PRESENT, *ATTRIBUTES, MOVING)
+MOTION_SECONDS = 2  # that a motion is read from, the last one included
+REFERENCE_SECONDS = (1, 2, 3, 4)  # what the caption left out must stay as it is here
+
+ERROR_CAP = 60.0  # RGB distance at which a pixel counts as "not background at all"
+AREA_RANGE = (0.025, 0.30)  # of height^2; a small triangle covers 0.058, a large square 0.19
+WINDOW = 0.56  # side of the window a sprite must fit in, of the height
+MIN_INSIDE = 0.80  # of the mask inside that window: one blob, not two
+PRESENT_SHARE = 0.75  # of a second's frames that must show a sprite
+OUTLINE_SCALES = (0.94, 1.0, 1.06)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one second shows; None where there is no sprite to read (and for motion before two seconds have passed)."""
+
+    second: int
+    present: bool
+    colour: str | None
+    shape: str | None
+    motion: str | None
+    background: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Whether one attribute was right in one second; `said` tells a captioned attribute from a left-out one."""
+
+    second: int
+    attribute: str
+    said: bool
+    right: bool
+
+
+def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
+    """Read every whole second of a video.
+
+    Args:
+        frames: uint8 [num_frames, height, width, 3], at least one second of them.
+        fps: frames per second.
+
+    Raises ValueError for another dtype or shape, or for less than a second.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {list(frames.shape)}")
+    seconds = int(len(frames) / fps + 1e-6)
+    if seconds < 1:
+        raise ValueError(f"{len(frames)} frames at {fps} fps are less than one second: nothing to read")
+    starts = [round(second * fps) for second in range(seconds + 1)]
+    looks = [_look(frames[start:stop]) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    readings, height = [], frames.shape[1]
+    for second, look in enumerate(looks):
+        motion = None
+        if look.present and second >= MOTION_SECONDS - 1:
+            track = np.concatenate([looks[second - 1].centres, look.centres])
+            motion = read_motion(track, fps, height, frames.shape[2])
+        shape = look.shape if look.present else None
+        colour = look.colour if look.present else None
+        readings.append(Reading(second, look.present, colour, shape, motion, look.background, look.pattern))
+    return readings
+
+
+def score(readings: Sequence[Reading], facts: CaptionFacts) -> list[Mark]:
+    """Judge readings by a caption: what it says, per second; what it leaves out, by seconds 1 to 4 of the same video.
+
+    Motion and `MOVING` have no mark in second 0, where their two seconds have not passed.
+    """
+    marks = []
+    for attribute in ATTRIBUTES:
+        said = getattr(facts, attribute)
+        expected = said if said is not None else _reference(readings, attribute)
+        for reading in readings:
+            if attribute == "motion" and reading.second < MOTION_SECONDS - 1:
+                continue
+            right = expected is not None and getattr(reading, attribute) == expected
+            marks.append(Mark(reading.second, attribute, said is not None, right))
+    for reading in readings:
+        marks.append(Mark(reading.second, PRESENT, True, reading.present))
+        if reading.second >= MOTION_SECONDS - 1:
+            marks.append(Mark(reading.second, MOVING, True, reading.motion not in (None, STILL)))
+    return marks
+
+
+def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
+    values = [getattr(reading, attribute) for reading in readings if reading.second in REFERENCE_SECONDS]
+    values = [value for value in values if value is not None]
+    return Counter(values).most_common(1)[0][0] if values else None
+
+
+def accuracy(marks: Sequence[Mark], said: bool, seconds: range) -> dict[str, float]:
+    """Share of right marks per attribute, over the given seconds and kind; attributes without a mark are absent."""
+    picked = [mark for mark in marks if mark.said == said and mark.second in seconds]
+    by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in MARKED}
+    return {name: sum(right) / len(right) for name, right in by_name.items() if right}
+
+
+@dataclass(frozen=True)
+class _Look:
+    present: bool
+    colour: str
+    shape: str
+    background: str
+    pattern: str
+    centres: np.ndarray  # float [F, 2], (x, y) px; nan in frames without a sprite
+
+
+def _look(frames: np.ndarray) -> _Look:
+    """Everything that can be told of a second on its own."""
+    pixels = frames.astype(np.float32)
+    background, pattern, ground = _read_background(pixels)
+    colour = _read_colour(pixels, ground)
+    cover = _coverage(pixels, ground, np.asarray(COLOURS[colour], np.float32))  # [F, H, W]
+    centres, windows = _locate(cover)
+    shown = ~np.isnan(centres[:, 0])
+    present = bool(shown.mean() >= PRESENT_SHARE)
+    shape = _read_shape(windows[shown]) if shown.any() else SHAPES[0]
+    return _Look(present, colour, shape, background, pattern, centres)
+
+
+@lru_cache(maxsize=4)
+def _grounds(height: int, width: int) -> tuple[tuple[tuple[str, str], ...], np.ndarray]:
+    """Every background as (names, float32 [N, H, W, 3]), periodic ones also shifted by one cell."""
+    names, images = [], []
+    for colour in COLOURS:
+        for pattern in PATTERNS:
+            image = background_image(colour, pattern, height, width)
+            variants = [image, np.roll(image, CELL, axis=1)] if pattern in ("checkerboard", "stripes") else [image]
+            names += [(colour, pattern)] * len(variants)
+            images += variants
+    return tuple(names), np.stack(images)
+
+
+def _read_background(pixels: np.ndarray) -> tuple[str, str, np.ndarray]:
+    """The background that explains most of a second; the error of a pixel is capped, so a sprite costs little."""
+    names, images = _grounds(*pixels.shape[1:3])
+    some = pixels[:: max(1, len(pixels) // 4), 1::2, 1::2]  # a quarter of the pixels of four frames tells enough
+    cost = np.zeros(len(names))
+    for frame in some:
+        difference = images[:, 1::2, 1::2] - frame
+        distance = np.sqrt(np.einsum("nhwc,nhwc->nhw", difference, difference))
+        cost += np.minimum(distance, ERROR_CAP).mean(axis=(1, 2))
+    best = int(cost.argmin())
+    return (*names[best], images[best])
+
+
+def _read_colour(pixels: np.ndarray, ground: np.ndarray) -> str:
+    """The sprite colour nearest to most of the pixels that are nearer to a sprite colour than to their background."""
+    palette = np.asarray(list(COLOURS.values()), np.float32)  # [6, 3]
+    away = np.square(pixels - ground).sum(axis=-1)  # [F, H, W]
+    bright = pixels[away > (ERROR_CAP / 2) ** 2]  # [P, 3]
+    near = away[away > (ERROR_CAP / 2) ** 2]
+    distance = np.square(bright[:, None] - palette).sum(axis=-1)  # [P, 6]
+    nearest = distance.argmin(axis=1)
+    votes = np.bincount(nearest[distance.min(axis=1) < near], minlength=len(palette))
+    return tuple(COLOURS)[int(votes.argmax())]
+
+
+def _coverage(pixels: np.ndarray, ground: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """How far each pixel has gone from its background to the sprite's colour, 0..1, [F, H, W]."""
+    way = colour - ground  # [H, W, 3]
+    return np.clip(((pixels - ground) * way).sum(axis=-1) / np.square(way).sum(axis=-1), 0.0, 1.0)
+
+
+def _locate(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of mass (x, y) on the torus, [F, 2], nan without a sprite, and soft masks about them, [F, P, P].
+
+    The window's middle pixel is the one the centre lies in; the centre's fraction is left to the outline fit.
+    """
+    num_frames, height, width = cover.shape
+    mask = np.where(cover > 0.5, cover, 0.0)
+    area = mask.sum(axis=(1, 2))
+    half = math.ceil(WINDOW * height / 2)
+    offsets = np.arange(-half, half + 1)
+    # Where the window is taller than the frame it would see the sprite's other end twice.
+    rows_once = np.abs(offsets) < height / 2
+    rough = np.stack([_circular_mean(mask.sum(axis=1), width), _circular_mean(mask.sum(axis=2), height)], axis=1)
+    centres = rough
+    for _ in range(2):  # the second pass is free of whatever lay outside the first window
+        middle = np.floor(np.nan_to_num(centres)).astype(int)
+        columns = (middle[:, :1] + offsets) % width
+        rows = (middle[:, 1:] + offsets) % height
+        frame = np.arange(num_frames)[:, None, None]
+        windows = cover[frame, rows[:, :, None], columns[:, None, :]] * rows_once[None, :, None]  # [F, P, P]
+        hard = np.where(windows > 0.5, windows, 0.0)
+        inside = hard.sum(axis=(1, 2))
+        weight = np.maximum(inside, 1e-6)
+        shift = np.stack([(hard.sum(axis=1) * offsets).sum(axis=1), (hard.sum(axis=2) * offsets).sum(axis=1)], axis=1)
+        centres = middle + 0.5 + shift / weight[:, None]
+    low, high = (share * height**2 for share in AREA_RANGE)
+    good = (inside >= low) & (inside <= high) & (inside >= MIN_INSIDE * area)
+    wrapped = centres % np.array([width, height])
+    return np.where(good[:, None], wrapped, np.nan), windows
+
+
+def _circular_mean(profile: np.ndarray, size: int) -> np.ndarray:
+    """Mean position of mass on a circle of `size` pixels, from profiles [F, size]; nan for no mass."""
+    angle = 2 * math.pi * (np.arange(size) + 0.5) / size
+    total = (profile * np.exp(1j * angle)).sum(axis=1)
+    mean = np.angle(total) % (2 * math.pi) * size / (2 * math.pi)
+    return np.where(np.abs(total) > 1e-6, mean, np.nan)
+
+
+def _read_shape(windows: np.ndarray) -> str:
+    """The outline that differs least from the soft masks [F, P, P] of a second, at the mask's own area and centre."""
+    half = windows.shape[1] // 2
+    offsets = np.arange(-half, half + 1, dtype=np.float32)
+    soft = np.where(windows > 0.25, windows, 0.0)
+    area = np.maximum(soft.sum(axis=(1, 2)), 1.0)
+    x = offsets - ((soft.sum(axis=1) * offsets).sum(axis=1) / area)[:, None]  # [F, P] about the centre of mass
+    y = offsets - ((soft.sum(axis=2) * offsets).sum(axis=1) / area)[:, None]
+    # Half the box side of a shape of this area, and how far below the box's middle its centre of mass lies.
+    halves = {"circle": np.sqrt(area / math.pi), "square": np.sqrt(area) / 2, "triangle": np.sqrt(area / 2)}
+    costs = {}
+    for shape in SHAPES:
+        per_scale = []
+        for scale in OUTLINE_SCALES:
+            size = (halves[shape] * scale).astype(np.float32)[:, None, None]
+            low = size / 3 if shape == "triangle" else 0.0
+            distance = outline_distance(shape, x[:, None, :], y[:, :, None] + low, size)
+            per_scale.append(np.abs(np.clip(0.5 - distance, 0.0, 1.0) - windows).sum(axis=(1, 2)) / area)
+        costs[shape] = np.minimum.reduce(per_scale).sum()
+    return min(costs, key=costs.__getitem__)
