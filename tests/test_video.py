@@ -61,6 +61,30 @@ def test_bytes_do_not_depend_on_how_frames_were_appended(tmp_path):
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
+ENCODE = """
+import hashlib, sys
+from pathlib import Path
+from utils.sprites.world import render, sample_spec
+from utils.video import VideoWriter
+path, width, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for index in range(first, 2):  # the video that counts is the last; one before it leaves the heap otherwise
+    with VideoWriter(path, 16, 64, width) as writer:
+        writer.append(render(sample_spec(0, index), 96, 64, width))
+print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_bytes_depend_on_the_frames_alone(tmp_path):
+    """Not on what memory held before: macroblock trees read stray memory at widths that are no multiple of 128 px."""
+
+    def encode(first, fill):
+        command = [sys.executable, "-c", ENCODE, str(tmp_path / "a.mp4"), "96", str(first)]
+        environment = os.environ | {"MALLOC_PERTURB_": str(fill), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert len({encode(first=1, fill=1), encode(first=1, fill=200), encode(first=0, fill=0)}) == 1
+
+
 def test_an_exception_keeps_a_playable_partial_file(tmp_path):
     with pytest.raises(RuntimeError), VideoWriter(tmp_path / "video.mp4", FPS, HEIGHT, WIDTH) as writer:
         writer.append(moving_square(20))
