@@ -28,7 +28,7 @@ from model.causal_wan import CausalWanModel
 from pipeline.bundle import vae_shape
 from pipeline.generate.inference import load_model, resolve_runtime
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
-from utils.config import Config, ConfigError, SamplerKind
+from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
 
@@ -131,12 +131,12 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     fill(cache, rollout)
 
     watch = Stopwatch(device)
-    watch.wrap(rollout, "_commit", "commit")
+    watch.wrap(rollout, "commit", "commit")
     for name in ("select", "_place"):
         watch.wrap(ChunkContext, name, "select_rotate")
     if model.pack_compressor is not None:
         watch.wrap(model.pack_compressor, "forward", "compress")
-    steps = len(rollout.steps) if config.sampler.kind == SamplerKind.few_step else config.sampler.num_steps
+    steps = rollout.steps_per_chunk
     chunk_times, ratios, parts = [], [], defaultdict(list)
     generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
     for number in bar:

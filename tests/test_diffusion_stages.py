@@ -11,7 +11,7 @@ from model.matmul_attention import matmul_attention, prepare_for_cpu
 from pipeline.text import encode_text
 from pipeline.train.flow import ARDiffusionStage, TeacherStage
 from pipeline.train.stage_parts import swapped_in
-from utils.config import Config, ConfigError, LossWeighting, PhaseConfig, SamplerKind
+from utils.config import Config, ConfigError, LossWeighting, PhaseConfig
 from utils.distributed import World
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def config(vae_folder, tmp_path) -> Config:
     video.height, video.width, video.frames_per_chunk, video.trained_frames = 32, 48, 1, 2
     model.num_layers, model.num_attention_heads, model.attention_head_dim, model.ffn_dim = 1, 2, 12, 16
     model.text_dim, model.text_len, model.text_layers, model.text_heads, model.freq_dim = 8, 12, 1, 2, 8
-    config.sampler.kind, config.sampler.num_steps, config.sampler.guidance = SamplerKind.euler, 2, 2.0
+    config.sampler.kind, config.sampler.num_steps, config.sampler.guidance = "euler", 2, 2.0
     config.cache.compressor.channels = [4]
     train.mixed_precision, train.gradient_checkpointing, train.loss_weighting = "no", False, LossWeighting.none
     train.sample_frames = 2

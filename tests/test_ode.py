@@ -14,7 +14,7 @@ from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import load_student, load_text
 from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories, shard_path
-from utils.config import ConfigError, SamplerConfig, SamplerKind
+from utils.config import ConfigError, SamplerConfig
 from utils.distributed import World
 from utils.rng import keyed_generator
 
@@ -74,7 +74,7 @@ def test_trajectory_of_the_first_chunk(root):
 def test_trajectories_end_in_the_video_of_inference(root):
     config = settings(root, "ode")
     text, sampler = load_text(config, CPU), SamplerConfig(
-        kind=SamplerKind.euler, num_steps=GRID, guidance=GUIDANCE, shift=SHIFT, negative_prompt="a green square"
+        kind="euler", num_steps=GRID, guidance=GUIDANCE, shift=SHIFT, negative_prompt="a green square"
     )  # fmt: skip
     model = load_student(config, text, CPU).eval()
     stored = Trajectories(root / "pairs")

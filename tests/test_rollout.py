@@ -7,7 +7,7 @@ from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_p
 
 from model.cache.context import ChunkContext
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
-from utils.config import Refresh, SamplerConfig, SamplerKind, Selection
+from utils.config import Refresh, SamplerConfig, Selection
 
 SHAPE = (CHANNELS, 3, *LATENT)
 CHUNKS = 6
@@ -15,11 +15,11 @@ STEPS = [1000.0, 750.0, 500.0, 250.0]
 
 
 def few_step(**settings):
-    return SamplerConfig(**{"kind": SamplerKind.few_step, "steps": STEPS, "shift": 5.0, **settings})
+    return SamplerConfig(**{"kind": "few_step", "steps": STEPS, "shift": 5.0, **settings})
 
 
 def euler(**settings):
-    return SamplerConfig(**{"kind": SamplerKind.euler, "num_steps": 3, "shift": 3.0, **settings})
+    return SamplerConfig(**{"kind": "euler", "num_steps": 3, "shift": 3.0, **settings})
 
 
 def generate(sampler, texts=("a",), samples=None, seed=0, num_chunks=CHUNKS, config=None, model=None, **options):

@@ -91,11 +91,6 @@ class TextPlacement(StrEnum):
     sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
 
 
-class SamplerKind(StrEnum):
-    few_step = "few_step"
-    euler = "euler"
-
-
 @dataclass
 class VideoConfig:
     """What is generated, in pixels. The latent size follows from the VAE's strides."""
@@ -160,7 +155,7 @@ class CacheConfig:
 
 @dataclass
 class SamplerConfig:
-    kind: SamplerKind = SamplerKind.few_step
+    kind: str = "few_step"  # or euler; pipeline/generate/sampler.py has them all
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # few_step, before warping
     warp: bool = True  # few_step: read `steps` through the shifted table
     num_steps: int = 30  # euler

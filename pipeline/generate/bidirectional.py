@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import WanTransformer3DModel
 
-from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
+from model.schedule import FlowMatchSchedule
 from pipeline.generate.rollout import Prompts
+from pipeline.generate.sampler import Watch, euler, guided
 from utils.config import SamplerConfig
 
 
@@ -26,15 +27,13 @@ def sample_clip(
     Raises:
         ValueError: where the sampler guides and `prompts` has no negative embeddings.
     """
-    latents, embeds = noise, prompts.branches(sampler.guidance)  # embeds: [B or 2B, n, text_dim]
+    embeds = prompts.branches(sampler.guidance)  # [B or 2B, n, text_dim]
     branches = len(embeds) // len(noise)
-    sigmas = FlowMatchSchedule(sampler.shift).euler_sigmas(sampler.num_steps).tolist()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
-        timestep = torch.full((len(embeds),), NUM_TIMESTEPS * sigma, device=noise.device)
+
+    def flow(latents: torch.Tensor, timestep: float, train: bool) -> torch.Tensor:
         repeated = torch.cat([latents] * branches).to(model.dtype)  # [B or 2B, C, F, H, W]
-        flow = model(repeated, timestep, embeds.to(model.dtype), return_dict=False)[0].float()
-        if branches == 2:
-            cond, uncond = flow.chunk(2)
-            flow = uncond + sampler.guidance * (cond - uncond)
-        latents = latents + (following - sigma) * flow
-    return latents
+        at = torch.full((len(embeds),), timestep, device=noise.device)
+        flow = model(repeated, at, embeds.to(model.dtype), return_dict=False)[0].float()
+        return flow if branches == 1 else guided(*flow.chunk(2), sampler.guidance)
+
+    return euler(flow, lambda step: noise, sampler, FlowMatchSchedule(sampler.shift), Watch())

@@ -17,13 +17,16 @@ from model.cache.cache import PackCache
 from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.schedule import FlowMatchSchedule
-from utils.config import SamplerConfig, SamplerKind
+from pipeline.generate.sampler import SAMPLERS, Watch, guided
+from utils.config import SamplerConfig
 from utils.rng import keyed_randn
 
 # (chunk index, step, shape [C, F, H, W]) -> standard normal noise [B, C, F, H, W]
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
 # (chunk index, step, latents [B, C, F, H, W] that the step starts from)
 StepObserver = Callable[[int, int, torch.Tensor], None]
+# (chunk index, step, timestep, latents that the step has led to) -> latents to go on with
+StepCallback = Callable[[int, int, float, torch.Tensor], torch.Tensor]
 
 
 def prompt_noise(seed: int, prompts: list[str], samples: list[int]) -> NoiseSource:
@@ -66,12 +69,14 @@ class Rollout:
         model: the causal DiT.
         cache: its history, empty or after earlier chunks. With guidance it holds both branches, each with its own.
         sampler: few-step (predict x0, renoise to the next step) or many-step Euler.
-        prompts: conditioning.
+        prompts: conditioning; assign to `prompts` between chunks to change it.
         noise: where noise comes from.
         grad_step: training (self-rollout): stop every chunk at this step index and run that step with gradient; the
             compressor is then trained through the mid tokens. None: no gradient, all steps.
         grad_from: with `grad_step`, chunks before this one stop at the same step but have no gradient.
         observe: called before every denoising step.
+        on_step_end: called after every denoising step; what it returns takes the place of the latents.
+        device: where the model runs; None: where its weights are.
 
     Attributes:
         mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
@@ -87,54 +92,81 @@ class Rollout:
         grad_step: int | None = None,
         grad_from: int = 0,
         observe: StepObserver | None = None,
+        on_step_end: StepCallback | None = None,
+        device: torch.device | None = None,
     ):
         self.model, self.cache, self.sampler, self.noise = model, cache, sampler, noise
-        self.grad_step, self.grad_from, self.observe = grad_step, grad_from, observe
-        if grad_step is not None and (sampler.kind != SamplerKind.few_step or sampler.guidance != 1):
+        self.grad_step, self.grad_from = grad_step, grad_from
+        self.observe, self.on_step_end = observe, on_step_end
+        if grad_step is not None and (sampler.kind != "few_step" or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
         self.schedule = FlowMatchSchedule(sampler.shift)
-        self.embeds = prompts.branches(sampler.guidance)
-        self.batch, self.branches = len(prompts.embeds), len(self.embeds) // len(prompts.embeds)
-        self.text_kv = TextKV()
+        self.device = device or model.device
+        self.prompts = prompts
         self.mid_tokens_attended = 0
 
     @property
-    def steps(self) -> torch.Tensor:
-        """Timesteps of the few-step sampler, float32 [S]."""
-        steps = self.sampler.steps
-        return self.schedule.warp(steps) if self.sampler.warp else torch.tensor(steps, dtype=torch.float32)
+    def prompts(self) -> Prompts:
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+        self.embeds = prompts.branches(self.sampler.guidance)
+        self.batch, self.branches = len(prompts.embeds), len(self.embeds) // len(prompts.embeds)
+        self.text_kv = TextKV()
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Denoising steps of a chunk; its commit is one more forward."""
+        return len(self.sampler.steps) if self.sampler.kind == "few_step" else self.sampler.num_steps
 
     def run(self, num_chunks: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit."""
         for _ in range(num_chunks):
             index, context = self.cache.num_chunks, self.cache.context()
-            self.mid_tokens_attended = max(self.mid_tokens_attended, context.attended_mid_tokens())
-            sample = self._few_step if self.sampler.kind == SamplerKind.few_step else self._euler
-            latents = sample(index, context)
-            self._commit(latents.detach(), index, context)
+            latents = self._sample(index, context)
+            self.commit(latents.detach(), context)
             yield index, latents
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.device
+    def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
+        """Denoise the next chunk: [B, C, F, H, W]."""
+        self.mid_tokens_attended = max(self.mid_tokens_attended, context.attended_mid_tokens())
+        options = {}
+        if self.grad_step is not None:
+            options = {"stop": self.grad_step, "train": index >= self.grad_from}
+        return SAMPLERS[self.sampler.kind](
+            lambda latents, timestep, train: self._flow(latents, timestep, context, train),
+            lambda step: self._draw(index, step),
+            self.sampler,
+            self.schedule,
+            _Watch(self, index),
+            **options,
+        )
+
+    def commit(self, latents: torch.Tensor, context: ChunkContext | None = None) -> None:
+        """Make clean latents [B, C, F, H, W] the next chunk of the history: one forward at the context timestep.
+
+        With latents from elsewhere (a given video, a training clip) the rollout goes on from them.
+        """
+        index, context = self.cache.num_chunks, context or self.cache.context()
+        timestep, noisy = self.sampler.context_timestep, latents
+        if timestep > 0:
+            step = torch.full((self.batch,), timestep, device=self.device)
+            noisy = self.schedule.add_noise(latents, self._draw(index, -1), step)
+        clean = torch.cat([latents] * self.branches).to(self.model.dtype)
+        out = self._forward(noisy, timestep, context, clean_hidden_states=clean)
+        self.cache.commit(out.kv, context)
 
     def _draw(self, chunk: int, step: int) -> torch.Tensor:
         geometry, channels = self.cache.geometry, self.model.config.in_channels
         shape = (channels, geometry.frames, geometry.latent_height, geometry.latent_width)
-        return self.noise(chunk, step, shape).to(self._device)
-
-    def _observe(self, index: int, step: int, latents: torch.Tensor) -> None:
-        if self.observe is not None:
-            self.observe(index, step, latents)
+        return self.noise(chunk, step, shape).to(self.device)
 
     def _flow(self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False) -> torch.Tensor:
         """Guided flow [B, C, F, H, W], float32."""
-        out = self._forward(latents, timestep, context, train=train, return_kv=False)
-        flow = out.sample.float()
-        if self.branches == 1:
-            return flow
-        cond, uncond = flow.chunk(2)
-        return uncond + self.sampler.guidance * (cond - uncond)
+        flow = self._forward(latents, timestep, context, train=train, return_kv=False).sample.float()
+        return flow if self.branches == 1 else guided(*flow.chunk(2), self.sampler.guidance)
 
     def _forward(
         self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False, **options
@@ -144,7 +176,7 @@ class Rollout:
         with nullcontext() if train else torch.no_grad():
             return self.model(
                 repeated,
-                torch.full((len(repeated),), timestep, dtype=torch.float32, device=self._device),
+                torch.full((len(repeated),), timestep, dtype=torch.float32, device=self.device),
                 self.embeds,
                 context=context,
                 text_kv=None if train else self.text_kv,  # a memo has no gradient
@@ -152,38 +184,17 @@ class Rollout:
                 **options,
             )
 
-    def _few_step(self, index: int, context: ChunkContext) -> torch.Tensor:
-        """Predict x0, renoise to the next step with fresh noise (Self-Forcing, arXiv 2506.08009)."""
-        steps = self.steps.tolist()
-        last = len(steps) - 1 if self.grad_step is None else self.grad_step
-        latents = self._draw(index, 0)  # [B, C, F, H, W]
-        for step in range(last + 1):
-            timestep = torch.full((self.batch,), steps[step], device=self._device)
-            train = self.grad_step is not None and step == last and index >= self.grad_from
-            self._observe(index, step, latents)
-            flow = self._flow(latents, steps[step], context, train)
-            x0 = self.schedule.flow_to_x0(flow, latents, timestep)
-            if step < last:
-                following = torch.full_like(timestep, steps[step + 1])
-                latents = self.schedule.add_noise(x0, self._draw(index, step + 1), following)
-        return x0
 
-    def _euler(self, index: int, context: ChunkContext) -> torch.Tensor:
-        """Euler steps of the flow ODE from sigma 1 to 0."""
-        sigmas = self.schedule.euler_sigmas(self.sampler.num_steps).tolist()
-        latents = self._draw(index, 0)
-        for step, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-            self._observe(index, step, latents)
-            flow = self._flow(latents, 1000 * sigma, context)
-            latents = latents + (following - sigma) * flow
-        return latents
+class _Watch(Watch):
+    """Passes the steps of one chunk on to the rollout's callbacks."""
 
-    def _commit(self, latents: torch.Tensor, index: int, context: ChunkContext) -> None:
-        """One forward at the context timestep on the clean latents; its K, V enter the cache."""
-        timestep, noisy = self.sampler.context_timestep, latents
-        if timestep > 0:
-            step = torch.full((self.batch,), timestep, device=self._device)
-            noisy = self.schedule.add_noise(latents, self._draw(index, -1), step)
-        clean = torch.cat([latents] * self.branches).to(self.model.dtype)
-        out = self._forward(noisy, timestep, context, clean_hidden_states=clean)
-        self.cache.commit(out.kv, context)
+    def __init__(self, rollout: Rollout, chunk: int):
+        self.rollout, self.chunk = rollout, chunk
+
+    def before_step(self, step: int, latents: torch.Tensor) -> None:
+        if self.rollout.observe is not None:
+            self.rollout.observe(self.chunk, step, latents)
+
+    def after_step(self, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        callback = self.rollout.on_step_end
+        return latents if callback is None else callback(self.chunk, step, timestep, latents)

@@ -14,7 +14,7 @@ from pipeline.bundle import read_json, transformer_settings, transformer_source,
 from pipeline.train.parallel import shard_size
 from pipeline.train.stage_parts import need_folder
 from pipeline.train.vae import build_vae
-from utils.config import Config, ConfigError, SamplerKind
+from utils.config import Config, ConfigError
 from utils.config import Stage as StageName
 from utils.distributed import World
 
@@ -44,7 +44,7 @@ def check_plan(config: Config, world_size: int) -> None:
     if train.stage is None:
         raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(StageName)}")
     repeated = len(set(sampler.steps)) < len(sampler.steps)
-    if train.stage in DISTILLED and sampler.kind == SamplerKind.few_step and repeated:
+    if train.stage in DISTILLED and sampler.kind == "few_step" and repeated:
         raise ConfigError(f"setting `sampler.steps` is {sampler.steps}: a step must not be there twice")
     if train.total_batch_size is None:
         return

@@ -13,7 +13,7 @@ from model.matmul_attention import prepare_for_cpu
 from model.weights import cast_weights
 from pipeline.bundle import load_transformer, read_json, transformer_settings
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder
-from utils.config import Config, ConfigError, SamplerKind
+from utils.config import Config, ConfigError
 
 
 def check_student(config: Config) -> None:
@@ -26,9 +26,9 @@ def check_student(config: Config) -> None:
         )
     if train.text_from is None and config.data.text_embeddings is None:
         raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
-    if sampler.kind != SamplerKind.few_step or sampler.guidance != 1:
+    if sampler.kind != "few_step" or sampler.guidance != 1:
         raise ConfigError(
-            f"settings `sampler.kind` and `sampler.guidance` are {sampler.kind.value} and {sampler.guidance}: a "
+            f"settings `sampler.kind` and `sampler.guidance` are {sampler.kind} and {sampler.guidance}: a "
             "student takes sampler.kind=few_step and sampler.guidance=1"
         )
     if video.trained_frames % video.frames_per_chunk:

@@ -24,7 +24,7 @@ from pipeline.data.shards import META, keep_to_plan, unfinished, write_json, wri
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.stage_parts import TextConditioning
-from utils.config import Config, ConfigError, SamplerKind
+from utils.config import Config, ConfigError
 from utils.distributed import World
 
 _SAME_STEP = 0.01  # timesteps closer than this are the same one
@@ -87,7 +87,7 @@ def sample_trajectories(
         samples: a number per prompt that sets its noise apart from that of the same prompt elsewhere.
     """
     ode, points = config.ode, grid_points(config)
-    sampler = replace(config.sampler, kind=SamplerKind.euler, num_steps=ode.grid_steps, guidance=ode.guidance)
+    sampler = replace(config.sampler, kind="euler", num_steps=ode.grid_steps, guidance=ode.guidance)
     embeds = text.encode([*prompts, sampler.negative_prompt])  # [B + 1, text_len, text_dim]
     seen: dict[int, list[torch.Tensor]] = {point: [] for point in points}  # grid step -> its latents, chunk by chunk
 

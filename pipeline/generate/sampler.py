@@ -1,0 +1,84 @@
+"""Samplers: how a chunk's noise becomes its clean latents. Each is one function of tensors.
+
+Shapes: latents, noise and flow [B, C, F, H, W], float32.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from model.schedule import FlowMatchSchedule
+from utils.config import SamplerConfig
+from utils.registry import Registry
+
+Flow = Callable[[torch.Tensor, float, bool], torch.Tensor]  # (latents, timestep, with gradient) -> guided flow
+Draw = Callable[[int], torch.Tensor]  # step -> fresh noise
+
+
+class Watch:
+    """Looks on while a chunk is denoised; this one does nothing."""
+
+    def before_step(self, step: int, latents: torch.Tensor) -> None:
+        """`latents`: what a step starts from."""
+
+    def after_step(self, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        """`latents`: what a step has led to; what is returned takes their place."""
+        return latents
+
+
+SAMPLERS: Registry[Callable[..., torch.Tensor]] = Registry("sampler.kind")
+
+
+def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance as Wan does it: uncond + scale * (cond - uncond)."""
+    return uncond + scale * (cond - uncond)
+
+
+def few_step_timesteps(sampler: SamplerConfig, schedule: FlowMatchSchedule) -> list[float]:
+    """`sampler.steps`, read through the shifted table where `sampler.warp` says so."""
+    steps = torch.as_tensor(sampler.steps, dtype=torch.float32)
+    return (schedule.warp(sampler.steps) if sampler.warp else steps).tolist()
+
+
+@SAMPLERS.register("few_step")
+def few_step(
+    flow: Flow,
+    draw: Draw,
+    sampler: SamplerConfig,
+    schedule: FlowMatchSchedule,
+    watch: Watch,
+    stop: int | None = None,
+    train: bool = False,
+) -> torch.Tensor:
+    """Predict x0, renoise to the next step with fresh noise (Self-Forcing, arXiv 2506.08009).
+
+    `stop`: the step after which x0 is returned, with `train` the only one with gradient; None: the last one.
+    """
+    steps = few_step_timesteps(sampler, schedule)
+    last = len(steps) - 1 if stop is None else stop
+    latents = draw(0)
+    for step, timestep in enumerate(steps[: last + 1]):
+        at = torch.full((len(latents),), timestep, device=latents.device)
+        watch.before_step(step, latents)
+        x0 = schedule.flow_to_x0(flow(latents, timestep, train and step == last), latents, at)
+        if step == last:
+            return watch.after_step(step, timestep, x0)
+        following = torch.full_like(at, steps[step + 1])
+        latents = watch.after_step(step, timestep, schedule.add_noise(x0, draw(step + 1), following))
+
+
+@SAMPLERS.register("euler")
+def euler(
+    flow: Flow, draw: Draw, sampler: SamplerConfig, schedule: FlowMatchSchedule, watch: Watch
+) -> torch.Tensor:
+    """Euler steps of the flow ODE from sigma 1 to 0."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, sampler.num_steps + 1)[:-1].tolist())
+    latents = draw(0)
+    for step, timestep in enumerate(scheduler.timesteps):
+        watch.before_step(step, latents)
+        latents = scheduler.step(flow(latents, timestep.item(), False), timestep, latents, return_dict=False)[0]
+        latents = watch.after_step(step, timestep.item(), latents)
+    return latents
