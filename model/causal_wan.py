@@ -49,6 +49,7 @@ class CausalWanModel(WanTransformer3DModel):
 
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
+    _skip_layerwise_casting_patterns = [*WanTransformer3DModel._skip_layerwise_casting_patterns, "pack_compressor"]
     _cp_plan = None
 
     @register_to_config
@@ -86,12 +87,13 @@ class CausalWanModel(WanTransformer3DModel):
             text_dim=text_dim,
             freq_dim=freq_dim,
             ffn_dim=ffn_dim,
-            num_layers=num_layers,
+            num_layers=0,  # Wan's own blocks would only be thrown away
             cross_attn_norm=cross_attn_norm,
             qk_norm=qk_norm,
             eps=eps,
             rope_max_seq_len=rope_max_seq_len,
         )
+        self.register_to_config(num_layers=num_layers)
         dim = num_attention_heads * attention_head_dim
         self.rope = None  # positions come by formula (model/rope.py), not from a table
         self.blocks = nn.ModuleList(
