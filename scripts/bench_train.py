@@ -35,8 +35,7 @@ from diffusers import AutoencoderKLWan
 from model.geometry import WAN_PATCH_SIZE
 from pipeline.bundle import transformer_settings
 from pipeline.data.prompts import fixed_prompts
-from pipeline.data.shards import PLAN, write_json
-from pipeline.data.text_embeddings import plan_of, write_shard
+from pipeline.data.text import EmbeddingWriter
 from pipeline.train.dmd import DMDStage
 from pipeline.train.state import RoleState
 from pipeline.train.trainer import Trainer
@@ -67,11 +66,11 @@ def stand_ins(config: Config, folder: Path) -> Config:
             AutoencoderKLWan(**vae).save_config(folder / "vae")
     prompts = [f"prompt {number}" for number in range(8)]
     (folder / "prompts.txt").write_text("\n".join(prompts))
-    (folder / "text").mkdir()
-    write_json(folder / "text" / PLAN, plan_of("random", settings["text_len"], settings["text_dim"]))
     everything = list(dict.fromkeys(fixed_prompts(config) + prompts))
     rows = [keyed_randn((settings["text_len"], settings["text_dim"]), prompt) for prompt in everything]
-    write_shard(folder / "text", everything, rows)
+    EmbeddingWriter(folder / "text", "random", settings["text_len"], settings["text_dim"], World()).write(
+        0, everything, rows
+    )
     shapes = {
         name: path if path is not None and (Path(path) / "config.json").is_file() else None
         for name, path in (("teacher", dmd.teacher), ("critic", dmd.critic))

@@ -1,15 +1,14 @@
 """A world small enough to distil in a test: bundle, scores, latents, and the settings of the stages."""
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
 from tiny import HEIGHT, WIDTH, transformer, write_bundle
 from toy import randn, randomize
 
 from model.weights import content_hash
+from pipeline.data.shards import ShardWriter
 from pipeline.train.method import build_stage
 from utils.config import Config
 from utils.distributed import World
@@ -70,11 +69,9 @@ def write_world(root: Path) -> Path:
 
 def write_clips(folder: Path, vae: Path, count: int = 5) -> None:
     """Latents that drift: every frame is the one before and a little noise."""
-    folder.mkdir(parents=True)
     latents = randn(count, CHANNELS, FRAMES, *SIZE, seed=11).cumsum(2) * 0.4
-    save_file({"latents": latents.half()}, folder / "clips-00000.safetensors")
-    (folder / "clips-00000.json").write_text(json.dumps([caption(sample_spec(0, i)) for i in range(count)]))
-    (folder / "meta.json").write_text(json.dumps({"vae": content_hash(vae)}))
+    records = [{"caption": caption(sample_spec(0, i))} for i in range(count)]
+    ShardWriter(folder, "clips", {"vae": content_hash(vae)}, 1, World()).write(0, {"latents": latents.half()}, records)
 
 
 def settings(root: Path, stage: str, overrides: list[str] = ()) -> Config:

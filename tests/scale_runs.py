@@ -14,18 +14,17 @@ from pathlib import Path
 import torch
 from diffusers import WanTransformer3DModel
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import train
 from model.weights import content_hash
-from pipeline.data.clips import shard_path
-from pipeline.data.shards import META
+from pipeline.data.shards import ShardWriter
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.parallel import whole
 from pipeline.train.state import RoleState
 from tests import tiny
 from utils import distributed
+from utils.distributed import World
 from utils.rng import keyed_randn
 from utils.sprites.world import caption, sample_spec
 
@@ -39,11 +38,9 @@ def write_inputs(folder: Path) -> None:
     _write_score(folder / "teacher", seed=1)
     _write_score(folder / "critic", seed=2)  # unlike the teacher, or their difference is all rounding
     clips = folder / "latents" / "clips"
-    clips.mkdir(parents=True)
     latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
-    save_file({"latents": latents}, shard_path(clips, 0, ".safetensors"))
-    shard_path(clips, 0, ".json").write_text(json.dumps([caption(sample_spec(0, i)) for i in range(CLIPS)]))
-    (clips / META).write_text(json.dumps({"vae": content_hash(folder / "bundle" / "vae")}))
+    writer = ShardWriter(clips, "clips", {"vae": content_hash(folder / "bundle" / "vae")}, 1, World())
+    writer.write(0, {"latents": latents}, [{"caption": caption(sample_spec(0, i))} for i in range(CLIPS)])
     config = {
         # From some starts a key bias's gradient is a sum that cancels, which float32 knows to 1e-5 of itself at best.
         "seed": 3,

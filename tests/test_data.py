@@ -1,15 +1,15 @@
-"""Latent shards: written once, whole or absent, and read in an order that is a function of the sample index."""
+"""Shards of clips: written once, whole or absent, and read in an order that is a function of the sample index."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from tiny import vae as tiny_vae
 
-from pipeline.data import clips as data
-from pipeline.data.clips import LatentClips, shard_path, sprite_clips
-from pipeline.data.latents import encode_frames, normalise, write_latents
+from pipeline.data.clips import LatentClips, SpriteClips, write_clips
+from pipeline.data.shards import PLAN, Shards, ShardWriter, shard_path
+from pipeline.data.vae_clip import encode_frames, normalise
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.sprites.world import caption, sample_spec
@@ -23,24 +23,22 @@ def vae():
     return tiny_vae().eval()
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr("pipeline.data.latents.SHARD_CLIPS", 4)
-
-
 def write(vae, folder, count=10, frames=5, vae_hash="a"):
-    source = sprite_clips(0, count, frames, *SIZE)
-    write_latents(source, vae, vae_hash, folder, World())
+    source = SpriteClips(0, count, frames, *SIZE)
+    write_clips(source, partial(encode_frames, vae), vae_hash, folder, World(), batch=3, shard_size=4)
     return source
 
 
-def test_shards_hold_normalised_latents_and_captions_in_order(vae, tmp_path, small_shards):
+def test_shards_hold_normalised_latents_and_captions_in_order(vae, tmp_path):
     source = write(vae, tmp_path)
     clips = LatentClips(tmp_path)
     assert (len(clips), *clips.shape) == (10, 4, 2, 4, 6) and clips.frames == 2
     assert clips.captions == [caption(sample_spec(0, i)) for i in range(10)]
-    direct = encode_frames(vae, np.stack([source.frames(7)]))[0]
-    assert (clips[7].float() - direct).abs().max() < 0.05 * direct.std()  # half precision, bf16 encoder
+    for index in (2, 3, 7, 9):
+        direct = encode_frames(vae, np.stack([source[index][0]]))[0]
+        assert (clips[index].float() - direct).abs().max() < 0.05 * direct.std()  # half precision, bf16 encoder
+    with pytest.raises(IndexError):
+        clips[10]
 
 
 def test_normalise_gives_the_statistics_that_the_vae_names(vae):
@@ -51,14 +49,13 @@ def test_normalise_gives_the_statistics_that_the_vae_names(vae):
     assert out.mean().abs() < 0.1 and abs(out.std() - 1) < 0.1
 
 
-def test_a_killed_write_goes_on_at_the_first_missing_shard(vae, tmp_path, small_shards):
+def test_a_killed_write_goes_on_at_the_first_missing_shard(vae, tmp_path):
     write(vae, tmp_path)
     whole = list(LatentClips(tmp_path))
-    kept = shard_path(tmp_path, 0, ".safetensors")
+    kept = shard_path(tmp_path, 0)
     stamp = kept.stat().st_mtime_ns
-    shard_path(tmp_path, 1, ".safetensors").unlink()
-    (tmp_path / "meta.json").unlink()
-    with pytest.raises(ConfigError, match=r"no meta\.json"):
+    shard_path(tmp_path, 1).unlink()
+    with pytest.raises(ConfigError, match="is not finished: 1 of 3 shards are missing"):
         LatentClips(tmp_path)
     write(vae, tmp_path)
     again = LatentClips(tmp_path)
@@ -66,21 +63,50 @@ def test_a_killed_write_goes_on_at_the_first_missing_shard(vae, tmp_path, small_
     assert kept.stat().st_mtime_ns == stamp
 
 
-def test_a_folder_of_another_vae_or_source_is_refused(vae, tmp_path, small_shards):
+def test_a_folder_of_another_vae_or_source_is_refused(vae, tmp_path):
     write(vae, tmp_path, count=4)
     for other in ({"vae_hash": "b"}, {"count": 5}, {"frames": 1}):
         with pytest.raises(ConfigError, match="remove it"):
             write(vae, tmp_path, **{"count": 4, **other})
 
 
-def test_captions_that_do_not_match_the_clips_are_refused(vae, tmp_path, small_shards):
-    write(vae, tmp_path, count=4)
-    shard_path(tmp_path, 0, ".json").write_text(json.dumps(["only one"]))
-    with pytest.raises(ConfigError, match="4 clips but 1 captions"):
-        LatentClips(tmp_path)
+def test_rows_of_different_length_and_shards_without_samples(tmp_path):
+    writer = ShardWriter(tmp_path, "text", {}, None, World())
+    rows = [torch.arange(length * 2.0).view(length, 2) + length for length in (3, 1, 2)]
+    writer.write(0, {"x": torch.cat(rows[:2]), "ends": torch.tensor([3, 4])}, ["three", "one"])
+    writer.write(2, {"x": torch.empty(0, 2), "ends": torch.empty(0, dtype=torch.int64)}, [])
+    writer.write(10, {"x": rows[2], "ends": torch.tensor([2])}, ["\ud800"])
+    shards = Shards(tmp_path, "text", "command")
+    assert shards.records == ["three", "one", "\ud800"]
+    assert all(torch.equal(shards[i]["x"], row) for i, row in enumerate(rows)) and shards[0].keys() == {"x"}
 
 
-def test_every_clip_comes_once_an_epoch_whatever_order_is_asked(vae, tmp_path, small_shards):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("clips-00000.safetensors", "", "older format: remove it and write it again with command"),
+        ("meta.json", "{}", "older format"),
+        (PLAN, '{"kind": ', "plan.json is damaged"),
+        (PLAN, "[]", "plan.json is damaged"),
+        (PLAN, '{"kind": "text", "format": 2, "shards": 1}', "holds text in format 2, not clips"),
+        (PLAN, '{"kind": "clips", "format": 3, "shards": 1}', "in format 3, not clips in format 2"),
+        ("shard-00000.safetensors", "no shard", "shard-00000.safetensors: not a readable shard"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, name, content, message):
+    ShardWriter(tmp_path, "clips", {}, 1, World()).write(0, {"latents": torch.zeros(2, 3)}, [{}, {}])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Shards(tmp_path, "clips", "command")
+
+
+def test_records_that_do_not_match_the_samples_are_refused(tmp_path):
+    ShardWriter(tmp_path, "clips", {}, 1, World()).write(0, {"latents": torch.zeros(4, 3)}, [{}])
+    with pytest.raises(ConfigError, match="4 samples but 1 records"):
+        Shards(tmp_path, "clips", "command")
+
+
+def test_every_clip_comes_once_an_epoch_whatever_order_is_asked(vae, tmp_path):
     write(vae, tmp_path, count=6)
     clips, again = LatentClips(tmp_path), LatentClips(tmp_path)
     first = [clips.clip_of(0, i) for i in range(6)]
@@ -88,8 +114,3 @@ def test_every_clip_comes_once_an_epoch_whatever_order_is_asked(vae, tmp_path, s
     assert sorted(first) == sorted(second) == list(range(6)) and first != second
     assert [again.clip_of(0, i) for i in reversed(range(12))] == list(reversed(first + second))
     assert [clips.clip_of(1, i) for i in range(12)] != first + second
-
-
-def test_shard_names_sort_by_number():
-    names = [shard_path(data.Path("x"), n, ".json").name for n in (2, 10, 100)]
-    assert names == sorted(names)

@@ -1,6 +1,5 @@
 """Trajectories and the regression on them against loops and formulas written out by hand."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +9,11 @@ import torch
 from distill import CHANNELS, CHUNK, CPU, FRAMES, SIZE, gradients, make_stage, settings, write_world
 
 from model.cache.cache import PackCache
+from pipeline.data.shards import shard_path
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import load_student, load_text
-from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories, shard_path
+from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories
 from utils.config import ConfigError, SamplerConfig
 from utils.distributed import World
 from utils.rng import keyed_generator
@@ -95,7 +95,7 @@ def test_what_was_stored(root):
     stored = Trajectories(root / "pairs")
     assert len(stored) == 5 and stored.timesteps == pytest.approx(TIMESTEPS)
     assert [path.name for path in sorted((root / "pairs").iterdir())] == [
-        "meta.json", "plan.json", *(f"trajectories-0000{i}.safetensors" for i in range(3))
+        "plan.json", *(f"shard-0000{i}.safetensors" for i in range(3))
     ]  # fmt: skip
     assert stored.columns([TIMESTEPS[2], TIMESTEPS[0]]) == [2, 0]
     ends = torch.stack([stored[i][1] for i in range(5)])
@@ -108,13 +108,12 @@ def test_generation_resumes(root, tmp_path):
     before = {path.name: path.read_bytes() for path in pairs.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in pairs.glob("*.safetensors")}
     shard_path(pairs, 1).unlink()
-    (pairs / "meta.json").unlink()
-    with pytest.raises(ConfigError, match="no finished set of trajectories"):
+    with pytest.raises(ConfigError, match="is not finished: 1 of 3 shards are missing"):
         Trajectories(pairs)
     assert generate(root, f"ode.path={pairs}") == 0
     assert {path.name: path.read_bytes() for path in pairs.iterdir()} == before
     kept = [name for name, time in times.items() if (pairs / name).stat().st_mtime_ns == time]
-    assert sorted(kept) == ["trajectories-00000.safetensors", "trajectories-00002.safetensors"]
+    assert sorted(kept) == ["shard-00000.safetensors", "shard-00002.safetensors"]
 
 
 def test_trajectories_do_not_depend_on_their_batch(root, tmp_path):
@@ -127,7 +126,7 @@ def test_trajectories_do_not_depend_on_their_batch(root, tmp_path):
 
 def test_other_settings_do_not_mix(root, capsys):
     assert generate(root, "ode.guidance=5") == 2
-    assert "made with another `guidance`: remove it" in capsys.readouterr().err
+    assert "was made with another `guidance`: remove it" in capsys.readouterr().err
 
 
 def test_steps_of_the_student_must_be_on_the_grid(root, capsys):
@@ -231,7 +230,7 @@ def test_two_ranks_write_the_same_trajectories(root, tmp_path):
     settings(root, "ode")
     subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1], timeout=300)
     one, other = Trajectories(root / "pairs"), Trajectories(tmp_path / "pairs")
-    assert json.loads((tmp_path / "pairs" / "meta.json").read_text()) == one.meta
+    assert other.meta == one.meta
     for index in range(5):
         for value, same in zip(one[index], other[index], strict=True):
             assert value == same if isinstance(value, str) else (value - same).abs().max() < 5e-3

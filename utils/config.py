@@ -244,8 +244,8 @@ class DataConfig:
     num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
     clip_frames: int = 45  # pixel frames; 4n + 1
     text_embeddings: str | None = None  # folder of stored prompt embeddings, in place of a text encoder in training
-    shard_size: int = 64  # videos per file of latents (scripts/prepare_latents.py)
-    workers: int = 2  # processes per rank that read videos (scripts/prepare_latents.py); 0: the main one
+    shard_size: int = 64  # videos per file of latents (scripts/prepare_data.py)
+    workers: int = 2  # processes per rank that read videos (scripts/prepare_data.py); 0: the main one
 
 
 @dataclass

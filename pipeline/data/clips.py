@@ -1,108 +1,157 @@
-"""Training clips as latents: sources to encode, and finished shards read back by sample index.
+"""Clips of captioned video as latents: encoded once, so that the VAE is not in the DiT's training loop, and read back.
 
-A shard folder holds `clips-00000.safetensors` (`latents` float16 [N, C, F, H, W], normalised to mean 0 and std 1 by
-the VAE's own statistics; N may differ and may be 0) with `clips-00000.json` (their captions) beside each, and
-`meta.json`, written last: what made them. `pipeline/data/latents.py` writes them for rendered clips,
-`pipeline/data/video_latents.py` for a folder of videos, which leaves a `report-00000.json` beside each too.
+Format: `pipeline/data/shards.py`; `latents` float16 [N, C, F, H, W], normalised to mean 0 and std 1 by the VAE's own
+statistics, and as a record `caption` with whatever else the source knows. A shard also notes `skipped`: clip -> why it
+could not be used.
 """
 
-import json
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from pipeline.data.shards import META
+from pipeline.data.shards import Shards, ShardWriter, read_notes, read_plan, shard_path
 from utils.config import ConfigError
+from utils.distributed import World
 from utils.rng import keyed_generator
 from utils.sprites.world import caption, render, sample_spec
 
+CLIPS, COMMAND = "clips", "python -m scripts.prepare_data"
 SHARD_CLIPS = 256
+FRAMES_AT_ONCE = 384  # bounds the encoder's memory
+
+
+class ClipSource(Protocol):
+    """A data set of captioned clips.
+
+    Attributes:
+        made_by: everything that the clips are a function of, as JSON.
+    """
+
+    made_by: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | str, dict[str, Any]]:
+        """Frames uint8 [F, H, W, 3], or why there are none; record with `caption` and, if clips have names, `clip`."""
+        ...
 
 
 @dataclass(frozen=True)
-class ClipSource:
-    """Clips 0 .. count-1 of a captioned data set: `frames(i)` uint8 [F, H, W, 3], `caption(i)` text."""
-
-    name: str  # tells one source from another in `meta.json`
-    count: int
-    frames: Callable[[int], np.ndarray]
-    caption: Callable[[int], str]
-
-
-def sprite_clips(seed: int, count: int, num_frames: int, height: int, width: int) -> ClipSource:
+class SpriteClips:
     """The first `count` training clips of the sprite world, rendered when asked for."""
-    return ClipSource(
-        name=f"sprites seed={seed} frames={num_frames} size={height}x{width}",
-        count=count,
-        frames=lambda index: render(sample_spec(seed, index), num_frames, height, width),
-        caption=lambda index: caption(sample_spec(seed, index)),
-    )
+
+    seed: int
+    count: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        return {"source": f"sprites seed={self.seed} frames={self.frames} size={self.height}x{self.width}"}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        spec = sample_spec(self.seed, index)
+        return render(spec, self.frames, self.height, self.width), {"caption": caption(spec)}
 
 
-def shard_path(folder: Path, number: int, suffix: str) -> Path:
-    return folder / f"clips-{number:05d}{suffix}"
+def write_clips(
+    source: ClipSource,
+    encode: Callable[[np.ndarray], torch.Tensor],
+    vae_hash: str,
+    folder: Path,
+    world: World,
+    batch: int = 1,
+    shard_size: int = SHARD_CLIPS,
+    workers: int = 0,
+) -> dict[str, str]:
+    """Encode the clips of `source` into `folder`, the ranks taking shards in turn; finished shards are kept.
 
+    Args:
+        encode: uint8 [B, F, H, W, 3] -> normalised latents [B, C, f, h, w].
+        batch: clips encoded at once.
+        workers: processes per rank that read clips; 0: this one.
 
-def read_captions(folder: Path) -> list[list[str]]:
-    """Captions of every shard of a finished folder. Raises `ConfigError` where it is absent, unfinished or broken."""
-    if not (folder / META).is_file():
-        raise ConfigError(f"data folder {folder} has no {META}: no finished set of latent shards is there")
-    shards = sorted(folder.glob("clips-*.safetensors"))
-    if not shards:
-        raise ConfigError(f"data folder {folder} holds no clips-*.safetensors")
-    try:
-        return [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in shards]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data folder {folder}: the captions of a shard are not readable ({error})") from error
+    Returns:
+        Clip -> why it was left out, of all ranks' shards, to the rank that ends last; to the others nothing.
+
+    Raises `ConfigError` where `folder` holds latents of another source or VAE, or no clip was usable.
+    """
+    count = len(source)
+    plan = {**source.made_by, "clips": count, "shard_size": shard_size, "vae": vae_hash}
+    writer = ShardWriter(folder, CLIPS, plan, -(-count // shard_size), world)
+    mine = writer.share()
+    members = {number: range(number * shard_size, min((number + 1) * shard_size, count)) for number in mine}
+    order = [index for number in mine for index in members[number]]
+    loader = iter(DataLoader(source, batch_size=None, sampler=order, num_workers=workers, collate_fn=lambda clip: clip))
+    bar = tqdm(total=len(order), desc=f"encode {folder.name}", unit="clip", disable=not world.is_main)
+    for number in mine:
+        latents, records, skipped, waiting = [], [], {}, []
+        for place, (frames, record) in enumerate(islice(loader, len(members[number])), start=1):
+            if isinstance(frames, str):
+                skipped[record["clip"]] = frames
+            else:
+                waiting.append((frames, record))
+            if waiting and (len(waiting) == batch or place == len(members[number])):
+                encoded = encode(np.stack([frames for frames, _ in waiting])).half().cpu()
+                for row, (_, named) in zip(encoded, waiting, strict=True):
+                    if row.isfinite().all():
+                        latents.append(row)
+                        records.append(named)
+                    else:
+                        skipped[named.get("clip", named["caption"])] = "its latents are not finite"
+                waiting = []
+            bar.update()
+        writer.write(number, {"latents": torch.stack(latents) if latents else torch.empty(0)}, records, skipped=skipped)
+    bar.close()
+    if not writer.finished():  # no barrier, which would time out: the rank that ends last reports
+        return {}
+    notes = [read_notes(shard_path(folder, number)) for number in range(writer.shards)]
+    skipped = {clip: reason for some in notes for clip, reason in some["skipped"].items()}
+    if not any(some["records"] for some in notes):
+        listed = "; ".join(f"{clip}: {reason}" for clip, reason in skipped.items())
+        raise ConfigError(f"folder {folder}: none of {count} clips is usable; remove it when they are mended: {listed}")
+    return skipped
 
 
 class LatentClips:
-    """A shard folder. The shards are memory-mapped: a clip is read from disk when it is asked for.
+    """A finished folder of latents.
 
     Attributes:
         shape: (C, F, H, W) of every clip.
         captions: N texts.
+        records: N records, with the caption and what else the source said.
+        made_by: what the clips are a function of; `vae` is the VAE's hash.
     """
 
     def __init__(self, folder: str | Path):
         """Raises `ConfigError` for a folder that is absent, unfinished, empty or inconsistent."""
-        folder = Path(folder)
-        captions = read_captions(folder)
-        self._shards = []
-        for path, texts in zip(sorted(folder.glob("clips-*.safetensors")), captions, strict=True):
-            try:
-                latents = load_file(path)["latents"]  # [N, C, F, H, W]
-            except (OSError, KeyError, SafetensorError) as error:
-                raise ConfigError(f"data folder {folder}: {path.name} is not a shard of latents ({error})") from error
-            if len(texts) != len(latents):
-                raise ConfigError(f"data folder {folder}: {path.name}: {len(latents)} clips but {len(texts)} captions")
-            self._shards.append(latents)
-        shapes = sorted({tuple(shard.shape[1:]) for shard in self._shards})
-        if len(shapes) > 1:
-            raise ConfigError(f"data folder {folder}: clips of shape {shapes[0]} and of {shapes[1]}; write it afresh")
-        self.shape: tuple[int, int, int, int] = shapes[0]
-        self.captions = [text for texts in captions for text in texts]
-        self._ends = list(accumulate(len(shard) for shard in self._shards))
-        if not self.captions:
+        self._shards = Shards(folder, CLIPS, COMMAND)
+        self.records, self.made_by = self._shards.records, self._shards.plan
+        if not self.records:
             raise ConfigError(f"data folder {folder} holds no clips: all its shards are empty")
+        self.captions = [record["caption"] for record in self.records]
+        self.shape: tuple[int, int, int, int] = tuple(self[0].shape)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.records)
 
     def __getitem__(self, clip: int) -> torch.Tensor:
         """float16 [C, F, H, W]. Raises IndexError past the last clip."""
-        if not 0 <= clip < len(self):
-            raise IndexError(f"clip {clip} of {len(self)}")
-        number = bisect_right(self._ends, clip)
-        return self._shards[number][clip - self._ends[number]]  # from the shard's end, so that empty ones do not matter
+        return self._shards[clip]["latents"]
 
     @property
     def frames(self) -> int:
@@ -122,3 +171,53 @@ def place_of(count: int, seed: int, sample_index: int) -> int:
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(count, generator=keyed_generator(seed, "epoch", epoch))
+
+
+def check_clips(folder: Path) -> dict[str, Any]:
+    """Read every shard and say what is there.
+
+    Returns:
+        JSON: `problems` (texts; none in a finished and sound folder), counts of shards, clips asked for and made, their
+        shape, mean and std per channel over all clips, `captions` statistics, and `skipped`: clip -> reason.
+
+    Raises `ConfigError` where nothing was ever written.
+    """
+    plan = read_plan(folder, CLIPS, COMMAND)
+    problems, shapes, captions, skipped = [], Counter(), [], {}
+    moments = []  # of every clip: mean and mean square per channel [2, C]
+    for number in tqdm(range(plan["shards"]), desc=f"check {folder.name}", unit="shard"):
+        path = shard_path(folder, number)
+        if not path.is_file():
+            problems.append(f"{path.name} is missing: start the same command again without --check")
+            continue
+        try:
+            notes = read_notes(path)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        skipped |= notes["skipped"]
+        for record, row in zip(notes["records"], load_file(path)["latents"], strict=True):
+            captions.append(record["caption"])
+            shapes[tuple(row.shape)] += 1
+            clip = row.double()  # [C, F, H, W]
+            if clip.isfinite().all():
+                moments.append(torch.stack((clip.mean((1, 2, 3)), clip.square().mean((1, 2, 3)))))
+            else:
+                problems.append(f"{path.name}: {record.get('clip', record['caption'])} has NaN or infinite latents")
+    if len(shapes) > 1:
+        problems.append("clips differ in shape: " + ", ".join(map(str, shapes)))
+    if not captions:
+        problems.append("no clips are there")
+    found = {"folder": str(folder), "problems": problems, "clips": len(captions), "asked_for": plan["clips"],
+             "shards": plan["shards"], "shape": list(next(iter(shapes), ()))}  # fmt: skip
+    if moments:
+        mean, square = torch.stack(moments).mean(0)  # [C] each
+        found |= {"mean": mean.tolist(), "std": (square - mean.square()).clamp_min(0).sqrt().tolist()}
+    words = [len(text.split()) for text in captions]
+    found["captions"] = {
+        "different": len(set(captions)),
+        "words_min": min(words, default=0),
+        "words_mean": sum(words) / max(len(words), 1),
+        "words_max": max(words, default=0),
+    }
+    return found | {"skipped": skipped}

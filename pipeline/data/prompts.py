@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.data.clips import read_captions
+from pipeline.data.clips import LatentClips
 from utils.config import Config, ConfigError
 from utils.sprites.world import HELD_OUT_START, caption, sample_spec
 
@@ -45,4 +45,4 @@ def data_prompts(config: Config) -> list[str]:
         raise ConfigError("setting `data.path` is not set: name a file with one prompt per line, or latent shards")
     if data.kind == "prompts":
         return read_prompts(data.path)
-    return [text for texts in read_captions(Path(data.path) / "clips") for text in texts]
+    return LatentClips(Path(data.path) / "clips").captions

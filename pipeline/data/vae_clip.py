@@ -1,4 +1,4 @@
-"""`AutoencoderKLWan` over a whole clip at once: the same function as its chunked path, without the feature cache.
+"""Clips to latents: `AutoencoderKLWan` over a whole clip at once, its chunked path without the feature cache.
 
 The library's `encode` and `decode` walk the clip in chunks of one latent frame and carry every convolution's last
 frames in a cache. That keeps memory flat at inference; in training it multiplies kernel launches and copies. Every
@@ -9,6 +9,7 @@ does what the cache makes it do: the first frame goes through untouched, and the
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
@@ -86,3 +87,29 @@ def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
             x = _upsample(block.upsamplers[0], x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))  # [B, 3*p*p, 1+4n, H/p, W/p]
     return unpatchify(x, vae.config.patch_size)
+
+
+def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, F, H, W] as the VAE encodes them -> float32 with mean 0 and std 1 per channel."""
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents.float() - mean) / std
+
+
+@torch.no_grad()
+def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray, whole: bool = True) -> torch.Tensor:
+    """uint8 [B, F, H, W, 3] -> normalised latents float32 [B, C, 1 + (F-1)/4, H/8, W/8], the posterior's mean.
+
+    Args:
+        whole: a clip in one pass, on a CPU in bfloat16: fast for small frames. False: by the library's own path, a few
+            frames at a time, as the memory of a whole clip at 480x832 is out of proportion to what it saves.
+    """
+    pixels = torch.from_numpy(frames).to(vae.device).float().div(127.5).sub(1.0)
+    video = pixels.permute(0, 4, 1, 2, 3)  # [B, 3, F, H, W]
+    if not whole:
+        return normalise(vae, vae.encode(video).latent_dist.mode())
+    with torch.autocast("cpu", torch.bfloat16, enabled=video.device.type == "cpu"):
+        mean, _ = encode_moments(vae, video)  # [B, C, f, h, w]
+    return normalise(vae, mean)

@@ -1,9 +1,11 @@
 """A folder of captioned videos, and clips of them at one size and frame rate."""
 
 import csv
+import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +22,71 @@ COLUMNS = {"video": ("video", "path", "file_name"), "caption": ("caption", "text
 
 @dataclass(frozen=True)
 class CaptionedVideo:
-    """One clip: video `name` in the folder from `start` seconds on. The caption is "" where there is none."""
+    """One clip: video `name` in the folder from `start` seconds on.
+
+    Attributes:
+        problem: why it cannot be used, if that is known already.
+    """
 
     name: str
     caption: str
     start: float = 0.0
+    problem: str | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.name} from {self.start:g} s" if self.start else self.name
+        """What to call it in a report: text that can be printed, whatever bytes the file's name has."""
+        label = f"{self.name} from {self.start:g} s" if self.start else self.name
+        return label.encode("utf-8", "backslashreplace").decode()
 
 
 def list_videos(folder: str | Path, captions: str | Path | None) -> list[CaptionedVideo]:
-    """The clips to make, in order.
+    """The clips to make, in order; what is wrong with one is its `problem`.
 
     Args:
         captions: .csv (with a header) or .jsonl; a row is a clip, with the keys of `COLUMNS`: video (relative to
             `folder`), caption and, if it does not begin at 0, start in seconds. None: every video below `folder`, with
             its caption in the .txt file of the same name beside it.
 
-    Raises `ConfigError` for what is not there or not readable, naming the line.
+    Raises `ConfigError` for what is not there or not readable, and where no clip is usable, naming each.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"folder of videos {folder} does not exist")
     if captions is None:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        found = [CaptionedVideo(str(path.relative_to(folder)), _sidecar(path)) for path in paths]
+        found = [_beside(path, str(path.relative_to(folder))) for path in paths]
     else:
         found = [_clip(row, where) for row, where in _rows(Path(captions))]
     if not found:
         raise ConfigError(f"{captions or folder}: no videos there ({', '.join(sorted(SUFFIXES))})")
+    if all(clip.problem for clip in found):
+        listed = "; ".join(f"{clip.label}: {clip.problem}" for clip in found)
+        raise ConfigError(f"{captions or folder}: none of {len(found)} videos is usable: {listed}")
     return found
 
 
-def _sidecar(video: Path) -> str:
+def _captioned(name: str, caption: str, start: float = 0.0) -> CaptionedVideo:
+    caption, problem = " ".join(caption.split()), None
+    if not caption:
+        problem = "no caption"
+    elif caption.encode("utf-8", "replace").decode() != caption:
+        problem = "its caption has characters that UTF-8 does not have"
+    elif not math.isfinite(start) or start < 0:
+        problem = f"start is {start}, expected seconds from 0 on"
+    return CaptionedVideo(name, "" if problem else caption, 0.0 if problem else start, problem)
+
+
+def _beside(video: Path, name: str) -> CaptionedVideo:
     path = video.with_suffix(".txt")
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"caption {path}: not UTF-8 text ({error})") from error
+        return _captioned(name, path.read_text(encoding="utf-8-sig") if path.is_file() else "")
+    except (OSError, UnicodeDecodeError) as error:
+        return CaptionedVideo(name, "", problem=f"{path.name} is not readable as UTF-8 text ({error})")
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row, where it stands)."""
+def _rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands); a row that is no JSON comes as it is written."""
     if path.suffix not in (".csv", ".jsonl"):
         raise ConfigError(f"captions {path}: expected a .csv or .jsonl file")
     try:
@@ -71,30 +94,56 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             if path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 for row in reader:
-                    yield row, f"{path}, line {reader.line_num}"
+                    yield row, f"line {reader.line_num}"
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield json.loads(line), f"{path}, line {number}"
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+                    try:
+                        yield json.loads(line), f"line {number}"
+                    except ValueError:
+                        yield line, f"line {number}"
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"captions {path}: not readable ({error})") from error
 
 
-def _clip(row: dict[str, Any], where: str) -> CaptionedVideo:
+def _clip(row: Any, where: str) -> CaptionedVideo:
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: expected an object with video and caption, found {type(row).__name__}")
+        return CaptionedVideo(where, "", problem="expected an object with video and caption")
     values = {}
     for column, names in COLUMNS.items():
         present = [name for name in names if name in row]
         if not present and column != "start":
             have = ", ".join(map(str, row))
-            raise ConfigError(f"{where}: no column {' or '.join(names)}; there are {have}")
+            return CaptionedVideo(where, "", problem=f"no column {' or '.join(names)}; there are {have}")
         values[column] = row[present[0]] if present else None
+    name, caption, start = str(values["video"] or ""), str(values["caption"] or ""), values["start"] or 0.0
     try:
-        start = float(values["start"] or 0.0)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: start is {values['start']!r}, expected seconds") from error
-    return CaptionedVideo(str(values["video"] or ""), " ".join(str(values["caption"] or "").split()), start)
+        return _captioned(name or where, caption, float(start))
+    except (TypeError, ValueError):
+        return CaptionedVideo(name or where, "", problem=f"start is {start!r}, expected seconds")
+
+
+class VideoClips:
+    """A `ClipSource`: the first `frames` frames of every video at one frame rate and size."""
+
+    def __init__(self, videos: list[CaptionedVideo], root: Path, frames: int, fps: int, height: int, width: int):
+        self.videos, self.root, self._form = videos, root, (frames, fps, height, width)
+        listed = json.dumps([asdict(video) for video in videos])
+        form = dict(zip(("frames", "fps", "height", "width"), self._form, strict=True))
+        self.made_by = {"captioned_videos": hashlib.sha256(listed.encode()).hexdigest(), **form}
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | str, dict[str, Any]]:
+        video = self.videos[index]
+        record = {"caption": video.caption, "clip": video.label}
+        if video.problem:
+            return video.problem, record
+        try:
+            return read_clip(self.root / video.name, *self._form, video.start), record
+        except ValueError as error:
+            return str(error), record
 
 
 def read_clip(path: str | Path, count: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
@@ -117,7 +166,7 @@ def read_clip(path: str | Path, count: int, fps: float, height: int, width: int,
                 container.seek(first + int(start / stream.time_base), stream=stream)  # to a keyframe at or before it
             for frame in nearest_frames(_timed(container, stream, start), count, fps):
                 frames.append(fit(frame, height, width))
-    except (FFmpegError, IndexError, OSError) as error:
+    except (FFmpegError, IndexError, OSError, ArithmeticError, TypeError) as error:
         raise ValueError(f"not a readable video ({error})") from error
     if len(frames) < count:
         raise ValueError(f"too short: {len(frames)} of {count} frames at {fps:g} frames per second")

@@ -21,7 +21,7 @@ from model.cache.cache import CacheLayout
 from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import vae_shape_of
-from pipeline.data.latents import normalise
+from pipeline.data.vae_clip import normalise
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.train.generator import CausalGeneratorStage, Generator

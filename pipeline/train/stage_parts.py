@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from model.weights import CheckpointError, cast_weights, content_hash
 from pipeline.bundle import load_library_model, vae_shape_of
-from pipeline.data.clips import LatentClips, sprite_clips
-from pipeline.data.latents import write_latents
+from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts
-from pipeline.data.shards import META
-from pipeline.data.text_embeddings import TextEmbeddings
+from pipeline.data.text import TextEmbeddings
+from pipeline.data.vae_clip import channels_last, encode_frames
 from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.parallel import plain_copy
 from utils.config import Config, ConfigError, TextPlacement
-from utils.distributed import World
+from utils.distributed import World, barrier
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class TextConditioning:
             if stored.text_len != text_len:
                 raise ConfigError(
                     f"setting `data.text_embeddings` is {stored.folder}: its prompts were cut at {stored.text_len} "
-                    f"tokens, the model takes {text_len}; write them again with scripts/precompute_text.py"
+                    f"tokens, the model takes {text_len}; write them again with python -m scripts.prepare_data"
                 )
             stored.require(fixed_prompts(config) + data_prompts(config))
             source = None
@@ -172,14 +171,14 @@ class LatentData:
         parts = {"clips": (data.num_clips, data.clip_frames), "stills": (data.num_stills, 1)}
         folders = {name: Path(data.path) / name for name, (count, _) in parts.items() if count}
         if data.kind == "sprites":
-            from pipeline.data.vae_clip import channels_last  # pipeline/train/vae.py imports this module
-
             vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
             vae_hash = content_hash(vae_folder)
             for name, folder in folders.items():
                 count, frames = parts[name]
-                source = sprite_clips(config.seed, count, frames, config.video.height, config.video.width)
-                write_latents(source, vae, vae_hash, folder, world)
+                source = SpriteClips(config.seed, count, frames, config.video.height, config.video.width)
+                encode = partial(encode_frames, vae)
+                write_clips(source, encode, vae_hash, folder, world, batch=max(1, FRAMES_AT_ONCE // frames))
+                barrier(world)  # finished on every rank before one reads it
         loaded = {name: LatentClips(folder) for name, folder in folders.items()}
         for name, folder in folders.items():
             _check_latents(loaded[name], folder, vae_folder, config)
@@ -212,8 +211,7 @@ class LatentData:
 
 def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
     """Raise `ConfigError` where latents are of another VAE than `data.vae`, or of another size than `video`."""
-    made_by = json.loads((folder / META).read_text(encoding="utf-8"))
-    if made_by["vae"] != content_hash(vae_folder):
+    if clips.made_by["vae"] != content_hash(vae_folder):
         raise ConfigError(f"setting `data.vae` is {vae_folder}: the latents in {folder} are of another VAE")
     stride, video = vae_shape_of(vae_folder).spatial_stride, config.video
     height, width = (stride * size for size in clips.shape[-2:])

@@ -1,8 +1,7 @@
 """Sampling trajectories of the AR-diffusion model, stored where a few-step student starts its steps.
 
-A folder holds `trajectories-00000.safetensors` and so on: `points` float16 [n, S, C, F, H, W], the latents at S points
-of the trajectory, `latents` float16 [n, C, F, H, W], its end, and the prompts in the file's metadata; and, written
-last, `meta.json`: how they were made, with the S timesteps.
+Format: `pipeline/data/shards.py`; `points` float16 [n, S, C, F, H, W], the latents at S points of the trajectory,
+`latents` float16 [n, C, F, H, W], its end, and the prompts as records. The plan has the S timesteps.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.data.shards import META, keep_to_plan, unfinished, write_json, write_tensors
+from pipeline.data.shards import Shards, ShardWriter
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.stage_parts import TextConditioning
 from utils.config import Config, ConfigError
 from utils.distributed import World
 
+TRAJECTORIES, COMMAND = "trajectories", "python -m scripts.generate_ode_pairs"
 _SAME_STEP = 0.01  # timesteps closer than this are the same one
 
 
@@ -103,10 +102,6 @@ def sample_trajectories(
     return {"points": stored, "latents": latents}
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"trajectories-{number:05d}.safetensors"
-
-
 def write_trajectories(
     config: Config, model: CausalWanModel, text: TextConditioning, data: PromptData, size: tuple[int, int],
     weights: str, world: World,
@@ -121,9 +116,8 @@ def write_trajectories(
     """
     ode, folder = config.ode, Path(config.ode.path)
     plan = made_by(config, weights, data.prompts, config.video.trained_frames)
-    keep_to_plan(folder, plan, world)
-    paths = [shard_path(folder, number) for number in range(-(-ode.num_trajectories // ode.shard_size))]
-    for number in tqdm(unfinished(paths, world), unit="shard", disable=not world.is_main):
+    writer = ShardWriter(folder, TRAJECTORIES, plan, -(-ode.num_trajectories // ode.shard_size), world)
+    for number in tqdm(writer.share(), unit="shard", disable=not world.is_main):
         first = number * ode.shard_size
         samples = range(first, min(first + ode.shard_size, ode.num_trajectories))
         parts, prompts = [], [data.prompt(config.seed, index) for index in samples]
@@ -132,9 +126,7 @@ def write_trajectories(
             cache = PackCache.for_model(model, config.cache, *size, config.video.trained_frames)
             parts.append(sample_trajectories(config, model, cache, text, prompts[some], list(samples[some])))
         tensors = {key: torch.cat([part[key] for part in parts]).half() for key in parts[0]}
-        write_tensors(paths[number], tensors, {"prompts": json.dumps(prompts)})
-    if all(path.is_file() for path in paths):  # the rank that ends last; no barrier, which would time out
-        write_json(folder / META, plan)
+        writer.write(number, tensors, prompts)
 
 
 class Trajectories:
@@ -147,18 +139,12 @@ class Trajectories:
 
     def __init__(self, folder: str | Path):
         """Raises `ConfigError` for a folder that is absent or unfinished."""
-        folder = Path(folder)
-        if not (folder / META).is_file():
-            raise ConfigError(
-                f"setting `ode.path` is {folder}: no finished set of trajectories is there; write one with "
-                "scripts/generate_ode_pairs.py"
-            )
-        self.meta = json.loads((folder / META).read_text())
+        self._shards = Shards(folder, TRAJECTORIES, COMMAND)
+        self.meta = self._shards.plan
         self.timesteps: list[float] = self.meta["timesteps"]
-        self._folder = folder
 
     def __len__(self) -> int:
-        return self.meta["trajectories"]
+        return len(self._shards)
 
     def columns(self, timesteps: Sequence[float]) -> list[int]:
         """Which stored point each timestep is. Raises `ConfigError` for one that was not stored."""
@@ -168,15 +154,13 @@ class Trajectories:
             if not near:
                 have = ", ".join(f"{stored:.2f}" for stored in self.timesteps)
                 raise ConfigError(
-                    f"setting `sampler.steps`: timestep {timestep:.2f} is not stored in {self._folder}, which has "
-                    f"{have}; write trajectories for these steps with scripts/generate_ode_pairs.py"
+                    f"setting `sampler.steps`: timestep {timestep:.2f} is not stored in {self._shards.folder}, "
+                    f"which has {have}; write trajectories for these steps with {COMMAND}"
                 )
             found.append(near[0])
         return found
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         """points float32 [S, C, F, H, W], end of the trajectory float32 [C, F, H, W], prompt."""
-        number, row = divmod(index, self.meta["shard_size"])
-        with safe_open(shard_path(self._folder, number), framework="pt") as shard:
-            points, latents = (shard.get_slice(name)[row : row + 1][0].float() for name in ("points", "latents"))
-            return points, latents, json.loads(shard.metadata()["prompts"])[row]
+        stored = self._shards[index]
+        return stored["points"].float(), stored["latents"].float(), self._shards.records[index]

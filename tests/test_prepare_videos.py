@@ -10,21 +10,21 @@ import torch
 from tiny import vae as tiny_vae
 from tiny import write_bundle
 
-from pipeline.data import shards, video_latents
-from pipeline.data.clips import LatentClips
-from pipeline.data.shards import write_tensors
-from pipeline.data.video_latents import encode_video, write_video_latents
-from pipeline.data.videos import fit, list_videos, nearest_frames, read_clip
+from pipeline.data import shards
+from pipeline.data.clips import LatentClips, write_clips
+from pipeline.data.shards import Shards, ShardWriter, read_notes, shard_path
+from pipeline.data.vae_clip import encode_frames
+from pipeline.data.videos import VideoClips, fit, list_videos, nearest_frames, read_clip
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.stage_parts import LatentData
-from scripts.prepare_latents import main
+from scripts.prepare_data import main
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.world import render, sample_spec
 from utils.video import VideoWriter
 
-CPU = torch.device("cpu")
+CPU, ALONE = torch.device("cpu"), World()
 HEIGHT, WIDTH = 32, 48
 CAPTION = "a red circle bounces over a blue plain"
 
@@ -153,19 +153,41 @@ def test_captions_from_csv_and_jsonl(tmp_path):
     ]  # fmt: skip
 
 
+BAD_ROWS = {
+    '{"video": "bad.mp4", "caption": "x", "start": Infinity}': "bad.mp4: start is inf, expected seconds from 0 on",
+    '{"video": "bad.mp4", "caption": "x", "start": -1}': "start is -1.0, expected seconds from 0 on",
+    '{"video": "bad.mp4", "caption": "x", "start": "soon"}': "bad.mp4: start is 'soon', expected seconds",
+    '{"video": "bad.mp4", "caption": "\\ud800"}': "bad.mp4: its caption has characters that UTF-8 does not have",
+    '{"video": "bad\\ud800.mp4"}': "line 1: no column caption or text or prompt; there are video",
+    '{"video": "bad.mp4", "caption": " "}': "bad.mp4: no caption",
+    '{"video": ': "line 1: expected an object with video and caption",
+    '["a.mp4"]': "line 1: expected an object",
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_bad_row_is_reported_and_alone_it_is_an_error(tmp_path, row):
+    path = tmp_path / "c.jsonl"
+    path.write_text(row + '\n{"video": "a.mp4", "caption": "good"}\n')
+    bad, good = list_videos(tmp_path, path)
+    assert BAD_ROWS[row] in f"{bad.label}: {bad.problem}" and good.problem is None
+    path.write_text(row)
+    with pytest.raises(ConfigError, match="none of 1 videos is usable") as error:
+        list_videos(tmp_path, path)
+    assert BAD_ROWS[row] in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.csv", "clip,caption\na.mp4,x\n", "line 2: no column video or path or file_name; there are clip, caption"),
-        ("c.csv", "video,caption,start\na.mp4,x,soon\n", "line 2: start is 'soon'"),
-        ("c.jsonl", '{"video": "a.mp4", "caption": "x"}\n{"video": ', "not readable"),
-        ("c.jsonl", '["a.mp4"]', "line 1: expected an object"),
-        ("c.csv", "video,caption\n", "no videos there"),
-        ("c.xls", "", "expected a .csv or .jsonl"),
+        ("c.csv", b"clip,caption\na.mp4,x\n", "line 2: no column video or path or file_name; there are clip, caption"),
+        ("c.csv", b"video,caption\n", "no videos there"),
+        ("c.csv", b"video,caption\n\xff\xfe", "not readable"),
+        ("c.xls", b"", "expected a .csv or .jsonl"),
     ],
 )
 def test_bad_captions(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         list_videos(tmp_path, tmp_path / name)
 
@@ -179,14 +201,14 @@ def test_a_folder_of_videos_becomes_training_data(prepared, videos, bundle, tmp_
     assert clips.captions == [f"{CAPTION} {i}" for i in (0, 1, 2, 3, 4)]
     assert clips.shape == (4, 2, 4, 6)
     vae = tiny_vae().from_pretrained(bundle / "vae").eval()
-    direct = encode_video(vae, torch.from_numpy(read_clip(videos / "deep" / "d.mp4", 5, 8, HEIGHT, WIDTH)))
+    direct = encode_frames(vae, read_clip(videos / "deep" / "d.mp4", 5, 8, HEIGHT, WIDTH)[None], whole=False)[0].half()
     assert torch.equal(clips[3], direct) and direct.std() > 0.01
 
     capsys.readouterr()
     assert prepared("--check", f"data.text_embeddings={tmp_path / 'text'}") == 0
     *_, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    assert (found["videos"], found["clips"], found["shape"]) == (8, 5, [4, 2, 4, 6]) and not found["problems"]
+    assert (found["asked_for"], found["clips"], found["shape"]) == (8, 5, [4, 2, 4, 6]) and not found["problems"]
     assert found["skipped"].keys() == {"broken.mp4", "short.mp4", "silent.mp4"}
     assert found["skipped"]["short.mp4"].startswith("too short: 4 of 5")
     assert found["skipped"]["silent.mp4"] == "no caption" and "not a readable" in found["skipped"]["broken.mp4"]
@@ -205,85 +227,114 @@ def test_a_folder_of_videos_becomes_training_data(prepared, videos, bundle, tmp_
     assert all(any(torch.equal(sample.half(), clips[i]) for i in range(5)) for sample in batch["latents"])
 
 
-def test_ranks_share_the_work_and_a_killed_run_goes_on(videos, bundle, tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    config = load_config(tmp_path / "config.yaml")
-    listed, vae = list_videos(videos, None), tiny_vae().from_pretrained(bundle / "vae").eval()
-    write_video_latents(config, listed, videos, vae, "hash", tmp_path / "alone", World())
+@pytest.fixture
+def write(videos, bundle):
+    """write(folder, world, **options) encodes the videos into the folder, two a shard."""
+    vae = tiny_vae().from_pretrained(bundle / "vae").eval()
+
+    def call(folder, world=ALONE, listed=None, vae_hash="hash", encode=None, shard_size=2, workers=0):
+        source = VideoClips(listed or list_videos(videos, None), videos, 5, 8, HEIGHT, WIDTH)
+        encode = encode or (lambda frames: encode_frames(vae, frames, whole=False))
+        return write_clips(source, encode, vae_hash, folder, world, shard_size=shard_size, workers=workers)
+
+    call.vae = vae
+    return call
+
+
+def test_ranks_share_the_work_and_a_killed_run_goes_on(write, tmp_path, monkeypatch):
+    skipped = write(tmp_path / "alone")
+    assert skipped.keys() == {"broken.mp4", "short.mp4", "silent.mp4"}
     monkeypatch.setattr(shards, "barrier", lambda world: None)  # one rank after the other, in this process
     monkeypatch.setattr(shards, "from_main", lambda item, world: item)
     both = tmp_path / "both"
-    write_video_latents(config, listed, videos, vae, "hash", both, World(0, 2))
-    assert sorted(path.stem for path in both.glob("*.safetensors")) == ["clips-00000", "clips-00002"]
-    with pytest.raises(ConfigError, match="no meta.json"):
+    assert write(both, World(0, 2)) == {}
+    assert [path.name for path in shards.shard_paths(both)] == ["shard-00000.safetensors", "shard-00002.safetensors"]
+    with pytest.raises(ConfigError, match="is not finished: 2 of 4"):
         LatentClips(both)
 
     encoded, limit = [], 0
-    original = encode_video
 
-    def dies(vae, frames):
+    def dies(frames):
         if len(encoded) == limit:
             raise KeyboardInterrupt
         encoded.append(frames)
-        return original(vae, frames)
+        return encode_frames(write.vae, frames, whole=False)
 
-    monkeypatch.setattr(video_latents, "encode_video", dies)
     with pytest.raises(KeyboardInterrupt):
-        write_video_latents(config, listed, videos, vae, "hash", both, World())  # a rank fewer
-    limit, stamp = 10, (both / "clips-00000.safetensors").stat().st_mtime_ns
-    encoded.clear()
-    write_video_latents(config, listed, videos, vae, "hash", both, World())
-    assert stamp == (both / "clips-00000.safetensors").stat().st_mtime_ns and 0 < len(encoded) < 5
+        write(both, encode=dies)  # a rank fewer
+    limit, stamp = 10, shard_path(both, 0).stat().st_mtime_ns
+    assert write(both, encode=dies) == skipped
+    assert stamp == shard_path(both, 0).stat().st_mtime_ns and 0 < len(encoded) < 5
     alone, again = LatentClips(tmp_path / "alone"), LatentClips(both)
     assert again.captions == alone.captions and all(map(torch.equal, again, alone))
     assert not list(both.glob("*.partial"))
     with pytest.raises(ConfigError, match="another `vae`"):
-        write_video_latents(config, listed, videos, vae, "other", both, World())
+        write(both, vae_hash="other")
 
 
-def test_decoding_in_other_processes_gives_the_same(videos, bundle, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    vae, listed = tiny_vae().from_pretrained(bundle / "vae").eval(), list_videos(videos, None)
+def test_decoding_in_other_processes_gives_the_same(write, tmp_path):
     for workers in (0, 2):
-        config = load_config(tmp_path / "config.yaml", [f"data.workers={workers}"])
-        write_video_latents(config, listed, videos, vae, "hash", tmp_path / str(workers), World())
+        write(tmp_path / str(workers), workers=workers)
     one, two = (LatentClips(tmp_path / str(workers)) for workers in (0, 2))
     assert one.captions == two.captions and all(map(torch.equal, one, two))
 
 
 def test_check_names_what_is_wrong(prepared, videos, tmp_path, capsys):
     assert prepared("--check") == 2
-    assert "has written nothing" in capsys.readouterr().err
+    assert "no clips are there" in capsys.readouterr().err
     assert prepared(f"--videos={videos}") == 0
     folder = tmp_path / "latents" / "clips"
+    notes = read_notes(shard_path(folder, 0))
     spoilt = torch.stack(list(LatentClips(folder))[:2])
     spoilt[1, 0, 0, 0, 0] = float("nan")
-    write_tensors(folder / "clips-00000.safetensors", {"latents": spoilt})
-    (folder / "clips-00002.safetensors").unlink()
-    (folder / "clips-00003.safetensors").write_bytes(b"no shard")
+    plan = Shards(folder, "clips", "").plan
+    made_by = {key: value for key, value in plan.items() if key not in ("format", "kind", "shards")}
+    ShardWriter(folder, "clips", made_by, 4, World()).write(0, {"latents": spoilt}, **notes)
+    shard_path(folder, 2).unlink()
+    shard_path(folder, 3).write_bytes(b"no shard")
     capsys.readouterr()
     assert prepared("--check") == 1
     problems = json.loads(capsys.readouterr().out.splitlines()[-1])["problems"]
     assert any("b.mp4 has NaN" in problem for problem in problems)
-    assert "clips-00002.safetensors is missing" in problems
-    assert any(problem.startswith("clips-00003.safetensors: not readable") for problem in problems)
+    assert any(problem.startswith("shard-00002.safetensors is missing") for problem in problems)
+    assert any("shard-00003.safetensors: not a readable shard" in problem for problem in problems)
     assert len(problems) == 3
 
 
-def test_a_shard_without_a_usable_video_is_no_obstacle(videos, bundle, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    config = load_config(tmp_path / "config.yaml", ["data.shard_size=1"])
-    vae, listed = tiny_vae().from_pretrained(bundle / "vae").eval(), list_videos(videos, None)
-    usable = [clip for clip in listed if clip.name == "a.mp4"]
-    broken = [clip for clip in listed if clip.name == "broken.mp4"]
-    write_video_latents(config, broken + usable + broken, videos, vae, "hash", tmp_path / "some", World())
+def test_a_shard_without_a_usable_video_is_no_obstacle(write, videos, tmp_path):
+    by_name = {clip.name: clip for clip in list_videos(videos, None)}
+    usable, broken = by_name["a.mp4"], by_name["broken.mp4"]
+    write(tmp_path / "some", listed=[broken, usable, broken], shard_size=1)
     clips = LatentClips(tmp_path / "some")
     assert len(clips) == 1 and clips.captions == [f"{CAPTION} 0"] and clips[0].shape == clips.shape
     with pytest.raises(IndexError):
         clips[1]
-    write_video_latents(config, broken, videos, vae, "hash", tmp_path / "none", World())
-    with pytest.raises(ConfigError, match="holds no clips"):
-        LatentClips(tmp_path / "none")
+
+
+def test_no_usable_video_is_an_error_that_names_each(prepared, videos, tmp_path, capsys):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in ("broken.mp4", "short.mp4"):
+        (folder / name).write_bytes((videos / name).read_bytes())
+    assert prepared(f"--videos={folder}") == 2  # no captions: before anything is loaded
+    assert "none of 2 videos is usable: broken.mp4: no caption; short.mp4: no caption" in capsys.readouterr().err
+    for name in ("broken.txt", "short.txt"):
+        (folder / name).write_text(CAPTION)
+    assert prepared(f"--videos={folder}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "none of 2 clips is usable" in error and "broken.mp4: not a readable video" in error
+    assert "short.mp4: too short: 4 of 5 frames" in error
+
+
+def test_a_name_that_is_no_text_is_left_out_by_a_name_that_can_be_printed(prepared, videos, tmp_path, capsys):
+    rows = [{"video": "odd\ud800.mp4", "caption": "x"}, {"video": "a.mp4", "caption": "y", "start": 1e300}]
+    rows += [{"video": "a.mp4", "caption": CAPTION}, {"video": "a.mp4", "caption": CAPTION, "start": float("inf")}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert prepared(f"--videos={videos}", f"--captions={tmp_path / 'c.jsonl'}") == 0
+    capsys.readouterr()
+    assert prepared("--check") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["clips"] == 1 and found["skipped"].keys() == {"odd\\ud800.mp4", "a.mp4 from 1e+300 s", "a.mp4"}
 
 
 def test_latents_of_another_vae_or_size_are_refused(prepared, videos, bundle, tmp_path):
@@ -300,9 +351,10 @@ def test_latents_of_another_vae_or_size_are_refused(prepared, videos, bundle, tm
 
 def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):
     for arguments, message in (
-        ([], "give --videos"),
+        ([], "nothing to prepare"),
         ([f"--videos={tmp_path / 'nowhere'}"], "nowhere does not exist"),
         ([f"--videos={videos}", f"data.vae={videos}"], "no AutoencoderKLWan there"),
+        ([f"--videos={videos}", "--text_batch=0"], "must be at least 1"),
         ([f"--videos={videos}", "data.text_embeddings=x", "train.text_from=null"], "`train.text_from` is not set"),
     ):
         assert prepared(*arguments) == 2

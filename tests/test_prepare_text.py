@@ -8,12 +8,14 @@ from safetensors import safe_open
 from tiny import write_bundle
 
 from pipeline.bundle import load_text_encoder
-from pipeline.data import shards, text_embeddings
-from pipeline.data.text_embeddings import TextEmbeddings, write_embeddings
+from pipeline.data import shards
+from pipeline.data import text as text_embeddings
+from pipeline.data.text import TextEmbeddings, write_embeddings
 from pipeline.text import encode_text
 from pipeline.train import stage_parts
 from pipeline.train.stage_parts import TextConditioning
-from scripts.precompute_text import main
+from scripts.prepare_data import main
+from utils.cli import INTERRUPTED
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
@@ -63,7 +65,7 @@ def config_of(tmp_path, *overrides):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_stored_embeddings_are_the_encoders(run, bundle, tmp_path, batch_size):
-    assert run(f"--batch_size={batch_size}") == 0
+    assert run(f"--text_batch={batch_size}") == 0
     live = TextConditioning.load(config_of(tmp_path, "data.text_embeddings=null", f"train.text_from={bundle}"), CPU, 12)
     stored = TextConditioning.load(config_of(tmp_path), CPU, TEXT_LEN)
     assert stored.encoder is None and not stored.trainable and stored.text_dim == 16
@@ -78,9 +80,9 @@ def test_stored_embeddings_are_the_encoders(run, bundle, tmp_path, batch_size):
 
 def test_only_what_is_needed_is_stored(run, tmp_path):
     assert run() == 0
-    (path,) = (tmp_path / "text").glob("text-*.safetensors")
+    (path,) = (tmp_path / "text").glob("shard-*.safetensors")
     with safe_open(path, "pt") as shard:
-        assert len(json.loads(shard.metadata()["prompts"])) == 6  # each prompt once
+        assert len(json.loads(shard.metadata()["notes"])["records"]) == 6  # each prompt once
         assert shard.get_tensor("embeddings").shape == (9 + 8 + 2 + 12 + 4 + 10, 16)
         assert shard.get_tensor("embeddings").dtype == torch.bfloat16
 
@@ -96,8 +98,7 @@ def test_a_stopped_run_goes_on_and_prompts_can_be_added(run, tmp_path, monkeypat
         return original(tokenizer, encoder, prompts, text_len)
 
     monkeypatch.setattr(text_embeddings, "encode_trimmed", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    assert run() == INTERRUPTED
     assert len(TextEmbeddings(tmp_path / "text")) == 4
     done = encoded.copy()
     encoded.clear()
@@ -140,7 +141,7 @@ def test_missing_prompts_show_before_training(run, tmp_path):
         TextConditioning.load(config_of(tmp_path), CPU, TEXT_LEN)
     with pytest.raises(ConfigError, match="cut at 12 tokens, the model takes 16"):
         TextConditioning.load(config_of(tmp_path), CPU, 16)
-    with pytest.raises(ConfigError, match="none there"):
+    with pytest.raises(ConfigError, match="no text are there"):
         TextConditioning.load(config_of(tmp_path, f"data.text_embeddings={tmp_path / 'no'}"), CPU, TEXT_LEN)
 
 
@@ -167,7 +168,7 @@ def test_embeddings_are_remembered_up_to_a_limit(run, tmp_path, monkeypatch):
 
 def test_usage_errors_are_one_line(run, tmp_path, capsys):
     for arguments, message in (
-        (["--batch_size=0"], "must be at least 1"),
+        (["--text_batch=0"], "must be at least 1"),
         ([f"--prompts={tmp_path / 'nowhere.txt'}"], "nowhere.txt does not exist"),
         (["train.text_from=null"], "`train.text_from` is not set"),
         ([f"train.text_from={tmp_path}"], "tokenizer"),
