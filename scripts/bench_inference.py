@@ -23,14 +23,16 @@ from tqdm import tqdm
 
 from model.attention import attend
 from model.cache.cache import PackCache
-from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel
 from pipeline.bundle import vae_shape
 from pipeline.generate.inference import load_model, resolve_runtime
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
+
+PARTS = ("denoise", "commit", "select_rotate", "compress")  # the last two are inside the first two
 
 
 @torch.no_grad()
@@ -64,18 +66,13 @@ def floor_seconds(model: CausalWanModel, cache: PackCache, batch: int, forwards:
     return time.perf_counter() - start
 
 
-def fill(cache: PackCache, rollout: Rollout) -> None:
-    """Bring the cache to its full size: real chunks for the sink, then one more committed again and again."""
-    layout = cache.layout
-    needed = min(layout.sink, 64) + layout.recent + layout.top_k + 1
-    commits = []
-    original = cache.commit
-    cache.commit = lambda kv, context: (commits.append(kv), original(kv, context))
-    for _ in tqdm(rollout.run(min(layout.sink, 64) + 1), desc="first chunks", leave=False):
-        pass
-    cache.commit = original
-    while cache.num_chunks < needed:
-        cache.commit(commits[-1], cache.context())
+def fill(rollout: Rollout) -> None:
+    """Bring the cache to its full size with chunks of noise."""
+    cache, layout = rollout.cache, rollout.cache.layout
+    geometry, channels = cache.geometry, rollout.model.config.in_channels
+    latents = torch.randn(1, channels, geometry.frames, geometry.latent_height, geometry.latent_width)
+    for _ in tqdm(range(min(layout.sink, 64) + layout.recent + layout.top_k + 1), desc="fill the cache", leave=False):
+        rollout.commit(latents.to(rollout.device))
 
 
 def vae_seconds(config: Config, device: torch.device, dtype: torch.dtype, latents: torch.Tensor, chunks: int) -> float:
@@ -128,31 +125,25 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     embeds = torch.randn(1, words, model.config.text_dim, device=device, dtype=dtype)
     prompts = Prompts(embeds, torch.zeros_like(embeds))
     rollout = Rollout(model, cache, config.sampler, prompts, prompt_noise(config.seed, ["bench"], [0]))
-    fill(cache, rollout)
-
-    watch = Stopwatch(device)
-    watch.wrap(rollout, "commit", "commit")
-    for name in ("select", "_place"):
-        watch.wrap(ChunkContext, name, "select_rotate")
-    if model.pack_compressor is not None:
-        watch.wrap(model.pack_compressor, "forward", "compress")
-    steps = rollout.steps_per_chunk
+    fill(rollout)
     chunk_times, ratios, parts = [], [], defaultdict(list)
     generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
-    for number in bar:
-        watch.seconds.clear()
-        with watch.part("chunk"):
-            _, latents = next(generator)
-        floor = floor_seconds(model, cache, len(rollout.embeds), steps + 1)
-        if number == 0:  # warm-up: allocations, compilation
-            continue
-        seconds = watch.seconds["chunk"]
-        chunk_times.append(seconds)
-        ratios.append(seconds / floor)
-        parts["denoise"].append(seconds - watch.seconds["commit"])
-        for name in ("commit", "select_rotate", "compress"):
-            parts[name].append(watch.seconds[name])
-        bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
+    with Stopwatch(device) as watch:
+        if model.pack_compressor is not None:
+            watch.watch_module(model.pack_compressor, "compress")
+        for number in bar:
+            watch.clear()
+            with watch.part("chunk"):
+                _, latents = next(generator)
+            floor = floor_seconds(model, cache, len(rollout.embeds), rollout.steps_per_chunk + 1)
+            if number == 0:  # warm-up: allocations, compilation
+                continue
+            seconds = watch.total("chunk")
+            chunk_times.append(seconds)
+            ratios.append(seconds / floor)
+            for name in PARTS:
+                parts[name].append(watch.total(name))
+            bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
 
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     seconds["vae"] = vae_seconds(config, device, dtype, latents.to(device), vae_chunks) if vae_chunks else None
@@ -190,6 +181,17 @@ def print_table(result: dict) -> None:
     )
 
 
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.chunks < 1:
+        raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
+    config = load_config(arguments.config_path, arguments.overrides)
+    if config.model.bundle is None and not config.model.random_init:
+        raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
+    result = bench(config, arguments.chunks, arguments.vae_chunks)
+    print_table(result)
+    print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True)
@@ -197,19 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vae_chunks", type=int, default=2, help="chunks decoded to time the VAE; 0: none")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.chunks < 1:
-            raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
-        config = load_config(arguments.config_path, arguments.overrides)
-        if config.model.bundle is None and not config.model.random_init:
-            raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
-        result = bench(config, arguments.chunks, arguments.vae_chunks)
-    except ConfigError as error:
-        print(f"bench_inference: {error}", file=sys.stderr)
-        return 2
-    print_table(result)
-    print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
-    return 0
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from pipeline.bundle import transformer_settings
 from pipeline.data.prompts import fixed_prompts
 from pipeline.data.text import EmbeddingWriter
 from pipeline.train.dmd import DMDStage
-from pipeline.train.state import RoleState
 from pipeline.train.trainer import Trainer
+from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.config import Stage as StageName
 from utils.distributed import World, rank
@@ -46,7 +46,6 @@ from utils.load_config import load_config
 from utils.rng import keyed_randn
 from utils.timing import Stopwatch, device_name, peak_memory
 
-USAGE_ERROR = 2
 ROLES = ("critic", "generator")
 # Parts of a role's update, in order; those after `loss` are not inside it.
 IN_LOSS = ("text", "rollout", "real_score", "fake_score")
@@ -106,42 +105,39 @@ def tokens_of(hidden_states: torch.Tensor, *_, **__) -> int:
     return batch * frames * height * width
 
 
-def watch_stage(watch: Stopwatch, stage: DMDStage) -> None:
-    """Time the parts of both roles' updates under `ROLE/part`."""
-    watch.wrap(stage.text, "encode", "text")
-    watch.wrap(stage, "_generated", "rollout")
-    watch.wrap(stage.transformer, "forward", FORWARDS, tokens_of)
-    watch.wrap(stage.teacher, "forward", "real_score", tokens_of)
-    watch.wrap(stage.critic, "forward", "fake_score", tokens_of)
-    watch.wrap(torch.Tensor, "backward", "backward")
-    watch.wrap(RoleState, "update", "optimizer")
-    watch.wrap(stage, "loss", "loss")
-    timed_loss = stage.loss
+class BenchStage(DMDStage):
+    """The stage, with the step at which rollouts stop going round and every rollout of full length."""
 
-    def loss(role, batch, step):
-        watch.scope = f"{role}/"  # until the other role's loss
-        return timed_loss(role, batch, step)
+    def exit_step(self, role: str, step: int) -> int:
+        exits = len(self.config.sampler.steps)
+        return (exits - 1 - step) % exits  # the longest to warm up
 
-    stage.loss = loss
+    def num_chunks(self, role: str, step: int) -> int:
+        return self.max_chunks
 
 
 def summary(steps: list[dict[str, Any]], role: str, clip_tokens: int) -> dict[str, dict[str, float | None]]:
     """Means over steps of a role's parts: seconds, tokens per second (None: no network), peak bytes."""
 
-    def average(kind: str, part: str) -> float:
-        return mean(step[kind].get(f"{role}/{part}", 0) for step in steps)
+    def found(step: dict[str, Any], kind: str, part: str) -> list[float]:
+        """Of all parts of the role with this last name."""
+        paths = (name.split("/") for name in step[kind])
+        return [step[kind]["/".join(path)] for path in paths if path[0] == role and path[-1] == part]
 
-    tokens = {part: average("tokens", part) for part in IN_LOSS}
-    tokens |= {"rollout": average("tokens", FORWARDS), "backward": clip_tokens}
-    seconds = {part: average("seconds", part) for part in (*IN_LOSS, FORWARDS, "loss", *AFTER_LOSS)}
-    seconds["other"] = seconds["loss"] - sum(seconds[part] for part in IN_LOSS)
-    seconds["total"] = seconds.pop("loss") + sum(seconds[part] for part in AFTER_LOSS)
-    tokens |= {FORWARDS: tokens["rollout"], "total": clip_tokens}
+    def average(kind: str, part: str) -> float:
+        return mean(sum(found(step, kind, part)) for step in steps)
+
+    tokens = {part: average("tokens", part) for part in (*IN_LOSS, FORWARDS)}
+    tokens |= {"rollout": tokens[FORWARDS], "backward": clip_tokens, "total": clip_tokens}
+    seconds = {part: average("seconds", part) for part in (*IN_LOSS, FORWARDS, *AFTER_LOSS)}
+    loss = average("seconds", "loss")
+    seconds["other"] = loss - sum(seconds[part] for part in IN_LOSS)
+    seconds["total"] = loss + sum(seconds[part] for part in AFTER_LOSS)
     return {
         part: {
             "seconds": value,
             "tokens_per_s": tokens[part] / value if tokens.get(part) and value else None,
-            "peak_bytes": max((step["peak"].get(f"{role}/{part}", 0) for step in steps), default=0) or None,
+            "peak_bytes": max((peak for step in steps for peak in found(step, "peak", part)), default=0) or None,
         }
         for part, value in seconds.items()
     }
@@ -158,12 +154,11 @@ def bench(config: Config, repeats: int, device: torch.device, world: World, fold
                       sample_every=0),
         dmd=replace(config.dmd, critic_updates=1),
     )  # fmt: skip
-    stage = DMDStage(config, device, world)
-    stage.exit_step = lambda role, step: (exits - 1 - step) % exits  # the longest to warm up
-    stage.num_chunks = lambda role, step: stage.max_chunks
+    stage = BenchStage(config, device, world)
     with Stopwatch(device, memory=True) as watch:
         recorder = Recorder(watch)
-        watch_stage(watch, stage)
+        for model, name in ((stage.transformer, FORWARDS), (stage.teacher, "real_score"), (stage.critic, "fake_score")):
+            watch.watch_module(model, name, tokens_of)
         trainer = Trainer(config, stage, world, folder, recorder, device, save=False, visualize=False)
         if config.train.compile:
             stage.compile()
@@ -215,30 +210,29 @@ def print_table(result: dict[str, Any]) -> None:
     )
 
 
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.repeats < 1:
+        raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
+    config = load_config(arguments.config_path, arguments.overrides)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    with rank() as (device, world), tempfile.TemporaryDirectory() as folder:
+        if config.model.random_init:
+            config = stand_ins(config, Path(folder))
+        result = bench(config, arguments.repeats, device, world, Path(folder) / "run")
+    if world.is_main:
+        print_table(result)
+        print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps per step of the sampler")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        if arguments.repeats < 1:
-            raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
-        config = load_config(arguments.config_path, arguments.overrides)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        with rank() as (device, world), tempfile.TemporaryDirectory() as folder:
-            if config.model.random_init:
-                config = stand_ins(config, Path(folder))
-            result = bench(config, arguments.repeats, device, world, Path(folder) / "run")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    if world.is_main:
-        print_table(result)
-        print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
-    return 0
+    logging.basicConfig(level=logging.WARNING)
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-USAGE_ERROR = 2
+from utils.cli import run_command
+from utils.config import ConfigError
+
 COLOURS = matplotlib.colormaps["tab20"]
 SMOOTHING = 1 / 25  # of a run's records, under one running median
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
@@ -36,22 +38,18 @@ PANELS: dict[str, tuple[tuple[str, ...], bool]] = {
 }  # fmt: skip
 
 
-class InputError(ValueError):
-    """A folder that is no run, or a log that cannot be read."""
-
-
 def read_log(run: Path) -> Curves:
-    """Every number in a run's log by name. Raises `InputError`, naming the file."""
+    """Every number in a run's log by name. Raises `ConfigError`, naming the file."""
     path = run / "log.jsonl"
     if not path.is_file():
-        raise InputError(f"{path} does not exist: name the folder of a training run")
+        raise ConfigError(f"{path} does not exist: name the folder of a training run")
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
         except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}, line {number}: not a record of a training step") from error
+            raise ConfigError(f"{path}, line {number}: not a record of a training step") from error
         for key, value in record.items():
             points.setdefault(key, {})[step] = value  # a resumed run repeats steps: the last one counts
     return {key: (np.array(sorted(of)), np.array([of[step] for step in sorted(of)])) for key, of in points.items()}
@@ -100,12 +98,12 @@ def draw(axis: plt.Axes, title: str, curves: Curves, logarithmic: bool) -> None:
 
 
 def plot(runs: list[Path], output: Path) -> None:
-    """Write the picture. Raises `InputError`."""
+    """Write the picture. Raises `ConfigError`."""
     logs = {run: read_log(run) for run in runs}
     chosen = {run: {title: choose(logs[run], names) for title, (names, _) in PANELS.items()} for run in runs}
     titles = [title for title in PANELS if any(chosen[run][title] for run in runs)]
     if not titles:
-        raise InputError(f"{', '.join(map(str, runs))}: nothing logged yet that could be plotted")
+        raise ConfigError(f"{', '.join(map(str, runs))}: nothing logged yet that could be plotted")
     figure, axes = plt.subplots(len(runs), len(titles), figsize=(4.2 * len(titles), 3.0 * len(runs)), squeeze=False)
     for row, run in zip(axes, runs, strict=True):
         row[0].set_ylabel(run.name, fontsize=10, fontweight="bold")
@@ -126,13 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="picture to write; by default training.png in the first run")
     options = parser.parse_args(arguments)
     output = options.output or options.runs[0] / "training.png"
-    try:
+
+    def run() -> None:
         plot(options.runs, output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    print(output)
-    return 0
+        print(output)
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

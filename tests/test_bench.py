@@ -111,23 +111,28 @@ def test_a_peak_belongs_to_the_parts_that_were_running(monkeypatch):
             machine.spike(20)
     with watch.part("later"):
         machine.use(5)
-    assert dict(watch.peak) == {"outer": 30, "first": 30, "second": 20, "later": 5}
-    assert watch.seconds["outer"] >= watch.seconds["first"] + watch.seconds["second"]
+    assert dict(watch.peak) == {"outer": 30, "outer/first": 30, "outer/second": 20, "later": 5}
+    assert watch.seconds["outer"] >= watch.total("first") + watch.total("second")
 
 
-def test_wrapped_methods_are_put_back():
-    class Thing:
-        def double(self, value):
-            return 2 * value
+def test_parts_are_measured_while_a_stopwatch_is_entered():
+    layer = torch.nn.Linear(2, 2)
 
-    thing, plain = Thing(), Thing.double
+    @timing.timed("call")
+    def call():
+        with timing.part("inner", tokens=5):
+            return layer(torch.ones(3, 2))
+
     with Stopwatch(CPU) as watch:
-        watch.wrap(thing, "double", "one", tokens=lambda value: value)
-        watch.wrap(Thing, "double", "all")
-        watch.scope = "a/"
-        assert thing.double(3) == 6 and Thing().double(4) == 8
-        assert dict(watch.tokens) == {"a/one": 3, "a/all": 0} and watch.seconds["a/all"] > 0
-    assert Thing.double is plain and "double" not in vars(thing)
+        watch.watch_module(layer, "layer", tokens=len)
+        call()
+        call()
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(3, 4))
+    call()
+    assert dict(watch.tokens) == {"call": 0, "call/inner": 10, "call/inner/layer": 6, "layer": 3}
+    assert watch.seconds["call"] >= watch.seconds["call/inner"] >= watch.seconds["call/inner/layer"] > 0
+    assert watch.total("layer") == watch.seconds["call/inner/layer"] + watch.seconds["layer"]
 
 
 def test_peak_memory_of_a_cpu_can_start_anew():

@@ -1,14 +1,23 @@
-"""Where time and memory go: seconds, tokens and peak memory per named part of a run."""
+"""Where time and memory go: seconds, tokens and peak memory per named part of a run.
+
+    with Stopwatch(device) as watch:  # elsewhere, in what runs: `with part("commit"):`
+        run()
+    print(watch.seconds)
+"""
 
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5), clear_refs: VmHWM becomes the current resident size
@@ -43,20 +52,20 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds and, where asked for, peak memory and tokens per named part; a part inside another counts in both.
+    """Seconds and, where asked for, peak memory and tokens per part of what runs while it is entered.
 
-    As a context manager it puts back, on leaving, every method that it wrapped.
+    The code names its parts with `part` and `timed`; `watch_module` adds those of a module. A part inside another is
+    called `outer/inner` and counts in both.
 
     Attributes:
         seconds, tokens: part -> sum over its calls.
         peak: part -> largest number of bytes during one of its calls; empty without `memory`.
-        scope: put in front of the names of parts that end now, for parts that occur in several places.
     """
 
     def __init__(self, device: torch.device, memory: bool = False):
-        self.device, self.memory, self.scope = device, memory, ""
-        self._restore: list[Callable[[], None]] = []
-        self._running: list[int] = []  # peaks of the parts that are running, outermost first
+        self.device, self.memory = device, memory
+        self._running: list[_Part] = []  # outermost first
+        self._hooks: list[RemovableHandle] = []
         self.clear()
 
     def clear(self) -> None:
@@ -64,46 +73,87 @@ class Stopwatch:
         self.tokens: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = defaultdict(int)
 
+    def total(self, last: str) -> float:
+        """Seconds of all parts with this last name, wherever they are."""
+        return sum(seconds for name, seconds in self.seconds.items() if name.rsplit("/", 1)[-1] == last)
+
     @contextmanager
     def part(self, name: str, tokens: int = 0) -> Iterator[None]:
-        synchronise(self.device)
-        self._new_peak()
-        self._running.append(0)
-        start = time.perf_counter()
+        self._begin(name, tokens)
         try:
             yield
         finally:
-            synchronise(self.device)
-            name = self.scope + name
-            self.seconds[name] += time.perf_counter() - start
-            self.tokens[name] += tokens
-            self._new_peak()
-            peak = self._running.pop()
-            if self.memory:
-                self.peak[name] = max(self.peak[name], peak)
+            self._end()
+
+    def watch_module(self, module: nn.Module, name: str, tokens: Callable[..., int] | None = None) -> None:
+        """Time every forward of `module` as part `name`; `tokens` counts them from the call's arguments."""
+
+        def before(module, args, kwargs):
+            self._begin(name, 0 if tokens is None else tokens(*args, **kwargs))
+
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(lambda *_: self._end(), always_call=True))
+
+    def _begin(self, name: str, tokens: int) -> None:
+        synchronise(self.device)
+        self._new_peak()
+        path = f"{self._running[-1].name}/{name}" if self._running else name
+        self.tokens[path] += tokens
+        self._running.append(_Part(path, time.perf_counter()))
+
+    def _end(self) -> None:
+        synchronise(self.device)
+        self._new_peak()
+        ended = self._running.pop()
+        self.seconds[ended.name] += time.perf_counter() - ended.start
+        if self.memory:
+            self.peak[ended.name] = max(self.peak[ended.name], ended.peak)
 
     def _new_peak(self) -> None:
         """Every part that is running has seen the memory so far; what comes next is a peak of its own."""
         if self.memory:
             reached = peak_memory(self.device)
-            self._running = [max(peak, reached) for peak in self._running]
+            for running in self._running:
+                running.peak = max(running.peak, reached)
             reset_peak_memory(self.device)
 
-    def wrap(self, owner: object, method: str, name: str, tokens: Callable[..., int] | None = None) -> None:
-        """Time every call of `owner.method` as part `name`; `tokens` counts them from the call's arguments."""
-        original, own = getattr(owner, method), method in vars(owner)
-
-        def timed(*args, **kwargs):
-            with self.part(name, 0 if tokens is None else tokens(*args, **kwargs)):
-                return original(*args, **kwargs)
-
-        setattr(owner, method, timed)
-        self._restore.append(lambda: setattr(owner, method, original) if own else delattr(owner, method))
-
     def __enter__(self) -> "Stopwatch":
+        global _active
+        _active = self
         return self
 
     def __exit__(self, *_) -> None:
-        for restore in reversed(self._restore):
-            restore()
-        self._restore.clear()
+        global _active
+        _active = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+@dataclass
+class _Part:
+    name: str
+    start: float
+    peak: int = 0
+
+
+_active: Stopwatch | None = None
+
+
+def part(name: str, tokens: int = 0) -> AbstractContextManager[None]:
+    """What is inside is a part of the run, measured while a `Stopwatch` is entered."""
+    return nullcontext() if _active is None else _active.part(name, tokens)
+
+
+def timed(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: every call is a part of the run."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args, **kwargs):
+            with part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -11,6 +11,7 @@ from model.cache.selection import affinity, top_chunks
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, time_rotation
 from utils.config import Compressor, MidSpan, QueryScope, Refresh, Selection, Temporal
+from utils.timing import timed
 
 if TYPE_CHECKING:
     from model.cache.cache import PackCache
@@ -81,6 +82,7 @@ class ChunkContext:
         """(chunk the selection was made for, per layer ids), for `refresh_interval`."""
         return self._selected_at, self._selection
 
+    @timed("select_rotate")
     def select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Ids of the mid chunks this layer attends, in time order: int64 CPU [B, k].
 
@@ -182,6 +184,7 @@ class ChunkContext:
             for part in range(2)
         ]
 
+    @timed("select_rotate")
     def _place(self, layer: int, selected: torch.Tensor) -> None:
         """Bring the workspace to this chunk's positions: once per chunk, and where the selection changes."""
         cache, store, tokens = self.cache, self.cache.layers[layer], self.cache.geometry.tokens

@@ -20,6 +20,7 @@ from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
 from utils.config import SamplerConfig
 from utils.rng import keyed_randn
+from utils.timing import part
 
 # (chunk index, step, shape [C, F, H, W]) -> standard normal noise [B, C, F, H, W]
 NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
@@ -125,8 +126,10 @@ class Rollout:
         """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit."""
         for _ in range(num_chunks):
             index, context = self.cache.num_chunks, self.cache.context()
-            latents = self._sample(index, context)
-            self.commit(latents.detach(), context)
+            with part("denoise"):
+                latents = self._sample(index, context)
+            with part("commit"):
+                self.commit(latents.detach(), context)
             yield index, latents
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:

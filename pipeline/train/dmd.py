@@ -32,6 +32,7 @@ from pipeline.train.stage_parts import need_folder
 from utils.config import CacheKind, Config, ConfigError, OptimizerConfig
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
+from utils.timing import part
 
 _TINY = 1e-12
 
@@ -137,8 +138,10 @@ class DMDStage(CausalGeneratorStage):
         return {"prompts": prompts, "indices": list(sample_indices)}
 
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        embeds = self.text.encode(batch["prompts"])  # [B, text_len, text_dim]
-        made = self._generated(role, batch, step, embeds)
+        with part("text"):
+            embeds = self.text.encode(batch["prompts"])  # [B, text_len, text_dim]
+        with part("rollout"):
+            made = self._generated(role, batch, step, embeds)
         logs = {"mid_tokens_attended": float(made.rollout.mid_tokens_attended)}
         logs |= {"exit_step": float(made.rollout.grad_step)} | self.prompts.reference.compare(made.latents)
         objective = self._critic_loss if role == "critic" else self._generator_loss

@@ -27,6 +27,7 @@ from pipeline.train.state import RoleState
 from utils.config import Config, ConfigError
 from utils.distributed import World, average, barrier, from_main
 from utils.load_config import to_yaml
+from utils.timing import part
 from utils.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,8 @@ class Trainer:
         """One step of every role that is due; returns the mean logs of micro-steps and ranks."""
         logs: dict[str, float] = {}
         for role in self.stage.roles(self.step):
-            found = self._update_role(role)
+            with part(role):
+                found = self._update_role(role)
             logs |= found
             odd = [name for name, value in found.items() if not math.isfinite(value)]
             self.bad_in_a_row[role] = self.bad_in_a_row[role] + 1 if odd else 0
@@ -217,9 +219,10 @@ class Trainer:
         for micro in range(micros):
             set_gradient_sync(state.module, micro == micros - 1)
             batch = self.stage.batch(self.step, self.plan.indices(self.step, micro, self.world.rank))
-            with self._autocast():
+            with self._autocast(), part("loss"):
                 loss, logs = self.stage.loss(role, batch, self.step)
-            (loss / micros).backward()
+            with part("backward"):
+                (loss / micros).backward()
             for key, value in ({"loss": loss.item()} | logs).items():
                 sums[key] = sums.get(key, 0.0) + value / micros
         average((g for g in state.gradients() if not isinstance(g, DTensor)), self.world)  # shards are averaged already
@@ -230,7 +233,8 @@ class Trainer:
         average([means], self.world)
         logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm} | parts
         if all(math.isfinite(value) for value in logs.values()):  # the same on every rank
-            logs |= state.update(self.step)
+            with part("optimizer"):
+                logs |= state.update(self.step)
         state.zero_grad()
         prefix = "" if len(self.stage.modules) == 1 else f"{role}/"
         return {"loss": logs["loss"]} | {prefix + key: value for key, value in logs.items()}
