@@ -7,16 +7,18 @@ Noising and flow <-> x0 conversions snap a timestep to its nearest table entry, 
 import torch
 
 NUM_TIMESTEPS = 1000
+WAN_SHIFT = 5.0  # of Wan2.1 at 480p
 
 
 class FlowMatchSchedule:
     """Shifted flow-matching table.
 
     Args:
-        shift: s; 1 leaves sigma = u, larger values spend more steps near noise (Wan: 5 at 480p).
+        shift: s; 1 leaves sigma = u, larger values spend more steps near noise; None: Wan's.
     """
 
-    def __init__(self, shift: float):
+    def __init__(self, shift: float | None):
+        shift = WAN_SHIFT if shift is None else shift
         if shift <= 0:
             raise ValueError(f"schedule shift is {shift}: must be positive")
         self.shift = shift

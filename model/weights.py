@@ -79,7 +79,7 @@ def read_weights(path: str | Path, use_ema: bool = False) -> dict[str, torch.Ten
     """
     files = weight_files(path)
     if files[0].suffix in PICKLE_SUFFIXES:
-        raw = _choose_entry(_read_pickle(files[0]), files[0], use_ema)
+        raw = _choose_entry(read_pickle(files[0]), files[0], use_ema)
     else:
         if use_ema:
             raise CheckpointError(f"checkpoint {path} has no entry `generator_ema`: --use_ema needs a .pt file")
@@ -94,7 +94,7 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"checkpoint {file}: not a safetensors file, or cut short ({error})") from error
 
 
-def _read_pickle(file: Path) -> dict:
+def read_pickle(file: Path) -> dict:
     if not zipfile.is_zipfile(file):
         raise CheckpointError(f"checkpoint {file}: not a PyTorch checkpoint, or cut short")
     try:

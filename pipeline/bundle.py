@@ -13,9 +13,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
@@ -245,17 +247,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def save_bundle(
-    folder: str | Path,
-    transformer: ModelMixin,
-    vae: AutoencoderKLWan,
-    text_encoder: UMT5EncoderModel,
-    tokenizer: PreTrainedTokenizerBase,
-    shift: float,
-) -> None:
-    """Write a bundle. Models are stored in the dtype they are in; `shift` is the flow schedule's."""
-    folder = Path(folder)
-    for name, part in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder)):
-        part.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")
+def write_model_index(folder: Path, config: Config) -> None:
+    """`model_index.json` of a folder that holds all parts, so that `PackForcingPipeline.from_pretrained` reads it."""
+    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
+    index = {
+        "_class_name": "PackForcingPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "tokenizer": ["transformers", tokenizer],
+        "text_encoder": ["transformers", UMT5EncoderModel.__name__],
+        "vae": ["diffusers", AutoencoderKLWan.__name__],
+        "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
+        "transformer": [CausalWanModel.__module__, CausalWanModel.__name__],
+    }
+    sections = {name: getattr(config, name) for name in ("cache", "sampler", "video")}
+    for name, part in sections.items():
+        index[name] = OmegaConf.to_container(OmegaConf.structured(part), enum_to_str=True)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 One function (`encode_text`) serves training, sampling and inference, for the tiny encoder and for UMT5-XXL alike.
 """
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,17 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5C
 
 from utils.sprites.world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
+log = logging.getLogger(__name__)
+
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel, prompts: Sequence[str], text_len: int
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    prompts: Sequence[str],
+    text_len: int,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Prompt embeddings as Wan wants them: the encoder sees no padding, and past a prompt's end they are zero.
 
@@ -32,8 +39,27 @@ def encode_text(
         add_special_tokens=True,
         return_attention_mask=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
+    ).to(device or text_encoder.device)  # an offloaded encoder runs elsewhere than it lies
     return encode_tokens(text_encoder, tokens.input_ids, tokens.attention_mask)
+
+
+@torch.no_grad()
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    prompt: str,
+    text_len: int,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """[1, n, text_dim], n <= text_len: without the zero padding, which the model puts back.
+
+    One prompt at a time: in a batch the numbers, and so the video, would depend on the other prompts.
+    """
+    tokens = len(tokenizer(prompt).input_ids)
+    if tokens > text_len:
+        log.warning("prompt `%s...` has %d tokens: the model reads the first %d", prompt[:40], tokens, text_len)
+    padded = encode_text(tokenizer, text_encoder, [prompt], text_len, device)  # [1, text_len, text_dim]
+    return padded[:, : max(1, min(tokens, text_len))].clone()
 
 
 def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

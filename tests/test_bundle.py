@@ -55,7 +55,8 @@ def weights_of(bundle):
 def test_round_trip(configure, bundle):
     config = configure()
     check_bundle(config)
-    assert {path.name for path in bundle.iterdir()} == {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
+    parts = {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert {path.name for path in bundle.iterdir()} == parts | {"model_index.json"}
     model = load_transformer(config)
     expected = weights_of(bundle)
     assert model.state_dict().keys() == expected.keys()

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import save_bundle
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.text import small_text_encoder, sprite_tokenizer
 
 HEIGHT, WIDTH, TEXT_LEN = 32, 48, 12
@@ -57,5 +57,6 @@ def write_bundle(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         tokenizer = sprite_tokenizer()
         text_encoder = small_text_encoder(len(tokenizer), text_dim=16, num_layers=1, num_heads=2)
-        save_bundle(folder, transformer(), vae(), text_encoder, tokenizer, shift=3.0)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        PackForcingPipeline(tokenizer, text_encoder, vae(), scheduler, transformer()).save_pretrained(folder)
     return folder

@@ -159,7 +159,7 @@ class SamplerConfig:
     steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # few_step, before warping
     warp: bool = True  # few_step: read `steps` through the shifted table
     num_steps: int = 30  # euler
-    shift: float = 5.0
+    shift: float | None = None  # of the sampling schedule; null: that of the bundle's scheduler, 5 without one
     guidance: float = 1.0  # 1: no classifier-free guidance, one branch only
     negative_prompt: str = ""
     context_timestep: float = 0.0  # at which a finished chunk is committed

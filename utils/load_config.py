@@ -8,16 +8,18 @@ out.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.config import Config, ConfigError, Sharding, SizeUnit, Stage, TextPlacement
+
+Section = TypeVar("Section")
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -89,6 +91,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+def section(kind: type[Section], name: str, values: Mapping[str, Any]) -> Section:
+    """Settings of one section from plain values, as a bundle stores them. Raises `ConfigError`."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(values)))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"setting `{name}.{key}`: {str(error).splitlines()[0]}") from error
+
+
 def validate(config: Config) -> None:
     """Raise `ConfigError` for values that no run could use; needs no model and no file."""
 
@@ -123,7 +134,7 @@ def validate(config: Config) -> None:
     require(sorted(sampler.steps, reverse=True) == list(sampler.steps), "sampler.steps", sampler.steps,
             "must go down from noise to clean")  # fmt: skip
     require(sampler.num_steps >= 1, "sampler.num_steps", sampler.num_steps, "must be at least 1")
-    require(sampler.shift > 0, "sampler.shift", sampler.shift, "must be positive")
+    require(sampler.shift is None or sampler.shift > 0, "sampler.shift", sampler.shift, "must be positive")
     require(0 <= sampler.context_timestep <= 1000, "sampler.context_timestep", sampler.context_timestep,
             "must lie in [0, 1000]")  # fmt: skip
     inference = config.inference

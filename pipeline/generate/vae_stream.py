@@ -5,6 +5,8 @@ forgets them at the end of the call. Here they live in the stream, so any number
 with one VAE, and what comes out does not depend on where the latents were cut.
 """
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
@@ -20,7 +22,7 @@ def denormalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 class StreamingDecoder:
-    """Decodes one video (or a batch of equal length) piece by piece.
+    """Decodes one video (or a batch of equal length) piece by piece; in tiles where `vae.enable_tiling()` was called.
 
     Args:
         vae: the VAE; shared, never written to.
@@ -28,16 +30,14 @@ class StreamingDecoder:
 
     def __init__(self, vae: AutoencoderKLWan):
         self._vae = vae
-        convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        self._features: list = [None] * convolutions  # last frames seen by each, kept by the decoder's blocks
-        self._started = False
+        self._tiles: dict[tuple[int, int], _Features] = {}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The next latents of the video -> its next pixels.
 
         Args:
-            latents: [B, C, F, H, W], normalised, any F >= 1, on the VAE's device.
+            latents: [B, C, F, H, W], normalised, any F >= 1, on the device where the VAE runs.
 
         Returns:
             [B, 3, 4F, 8H, 8W] in -1..1 (4F - 3 frames at the start of the video), for a VAE of strides 4 and 8.
@@ -48,14 +48,61 @@ class StreamingDecoder:
         vae = self._vae
         if latents.shape[1] != vae.config.z_dim:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE has {vae.config.z_dim}")
-        hidden = vae.post_quant_conv(denormalise(vae, latents))  # [B, C, F, H, W]
-        pieces = []
-        for frame in hidden.split(1, dim=2):  # as the library does, for its memory
-            pieces.append(
-                vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=not self._started)
-            )  # [B, 3 * p * p, 4, 8H / p, 8W / p]
-            self._started = True
-        video = torch.cat(pieces, dim=2)  # [B, 3 * p * p, 4F, 8H / p, 8W / p]
+        if hasattr(vae, "_hf_hook"):  # offloaded as a whole: the hook waits for a `forward` that is not called here
+            vae._hf_hook.pre_forward(vae)
+        latents = denormalise(vae, latents)
+        video = self._tiled(latents) if _exceeds_tile(vae, latents) else self._decode((0, 0), latents)
         if vae.config.patch_size is not None:
             video = unpatchify(video, patch_size=vae.config.patch_size)  # [B, 3, 4F, 8H, 8W]
         return video.clamp(-1.0, 1.0)
+
+    def _decode(self, place: tuple[int, int], latents: torch.Tensor) -> torch.Tensor:
+        """One tile's next latents [B, C, F, h, w] -> [B, 3 * p * p, 4F, 8h / p, 8w / p]."""
+        vae, state = self._vae, self._tiles.setdefault(place, _Features.of(self._vae))
+        hidden, pieces = vae.post_quant_conv(latents), []
+        for frame in hidden.split(1, dim=2):  # as the library does, for its memory
+            pieces.append(vae.decoder(frame, feat_cache=state.last, feat_idx=[0], first_chunk=not state.started))
+            state.started = True
+        return torch.cat(pieces, dim=2)
+
+    def _tiled(self, latents: torch.Tensor) -> torch.Tensor:
+        """`AutoencoderKLWan.tiled_decode` of the next latents, every tile with features of its own."""
+        vae, height, width = self._vae, *latents.shape[-2:]
+        stride, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+        sizes = [vae.tile_sample_min_height // stride, vae.tile_sample_min_width // stride]
+        steps = [vae.tile_sample_stride_height // stride, vae.tile_sample_stride_width // stride]
+        keep = [step * stride // patch for step in steps]
+        blend = [size * stride // patch - kept for size, kept in zip(sizes, keep, strict=True)]
+        above, rows = [], []
+        for top in range(0, height, steps[0]):
+            tiles = [
+                self._decode((top, left), latents[..., top : top + sizes[0], left : left + sizes[1]])
+                for left in range(0, width, steps[1])
+            ]
+            row = []
+            for place, tile in enumerate(tiles):
+                if above:
+                    tile = vae.blend_v(above[place], tile, blend[0])
+                if place:
+                    tile = vae.blend_h(tiles[place - 1], tile, blend[1])
+                row.append(tile[..., : keep[0], : keep[1]])
+            rows.append(torch.cat(row, dim=-1))
+            above = tiles
+        return torch.cat(rows, dim=-2)[..., : height * stride // patch, : width * stride // patch]
+
+
+@dataclass
+class _Features:
+    """Last frames seen by each convolution of the decoder, kept by its blocks."""
+
+    last: list
+    started: bool = False
+
+    @classmethod
+    def of(cls, vae: AutoencoderKLWan) -> "_Features":
+        return cls([None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules()))
+
+
+def _exceeds_tile(vae: AutoencoderKLWan, latents: torch.Tensor) -> bool:
+    height, width = (size * vae.spatial_compression_ratio for size in latents.shape[-2:])
+    return vae.use_tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width)

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from model.cache.cache import PackCache
+from pipeline.bundle import write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.method import Stage, Weights
@@ -99,6 +100,8 @@ class GeneratorStage(Stage):
             return
         FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
+        if (folder / "tokenizer").is_dir():
+            write_model_index(folder, self.config)
 
 
 class CausalGeneratorStage(GeneratorStage):

@@ -1,0 +1,370 @@
+"""`PackForcingPipeline`: prompts in, long videos out, as diffusers' pipelines are called.
+
+    pipe = PackForcingPipeline.from_pretrained("bundles/tiny")
+    frames = pipe("a red circle bounces over a blue checkerboard", seconds=30, seed=0).frames[0]
+
+    for chunk in pipe.stream("a red circle bounces over a blue checkerboard", seconds=120, cache={"top_k": 4}):
+        show(chunk.frames, chunk.report)
+
+Everything that generates goes through `stream`: the command line, evaluation, samples in training and benchmarks.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from huggingface_hub import snapshot_download
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from model.cache.cache import PackCache
+from model.causal_wan import CausalWanModel
+from pipeline.bundle import VAEShape
+from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback, prompt_noise
+from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.lora import read_lora
+from pipeline.text import encode_prompt
+from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, ConfigError, SamplerConfig, VideoConfig
+from utils.load_config import section
+
+# A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
+UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig(Compressor.identity))
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class NotFiniteError(RuntimeError):
+    """A chunk of NaN or infinite numbers."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What `stream` yields.
+
+    Attributes:
+        index: number of the chunk.
+        frames: its pixel frames, as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"), [B, F, 3, H, W] in 0..1 ("pt"),
+            B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
+        latents: [B, C, F, H, W], normalised, float32.
+        report: tokens and bytes of each part of the cache for the next chunk (`PackCache.report`).
+    """
+
+    index: int
+    frames: Any
+    latents: torch.Tensor
+    report: dict[str, dict[str, int]]
+
+
+class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """Chunk-causal text-to-video generation with a bounded KV cache (PackForcing, arXiv 2603.25730).
+
+    Args:
+        tokenizer, text_encoder, vae, transformer: of Wan2.1 or of the same classes.
+        scheduler: its `shift` is that of the sampling schedule, unless `sampler` has one.
+        cache, sampler, video: settings by name, as in the sections of the same names in a YAML config; what is left
+            out keeps its default. They are saved with the pipeline.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: CausalWanModel,
+        cache: dict[str, Any] | None = None,
+        sampler: dict[str, Any] | None = None,
+        video: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        )
+        self.register_to_config(
+            cache=cache if cache is not None else asdict(UNTRAINED_CACHE), sampler=sampler or {}, video=video or {}
+        )
+        stride = VAEShape(vae.config.z_dim, vae.config.scale_factor_temporal, vae.config.scale_factor_spatial)
+        self.vae_shape = stride
+        self.video_processor = VideoProcessor(vae_scale_factor=stride.spatial_stride)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PackForcingPipeline":
+        """From a bundle, or a diffusers folder of Wan2.1 (whose transformer is read as a chunk-causal one).
+
+        `options` are diffusers'; components given by name take the place of the folder's. A hub id is downloaded whole.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
+        index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+        if index["transformer"][1] != CausalWanModel.__name__ and options.get("transformer") is None:
+            dtype = options.get("torch_dtype")
+            options["transformer"] = CausalWanModel.from_pretrained(
+                folder, subfolder="transformer", torch_dtype=dtype, compressor="identity"
+            )
+        if index["scheduler"][1] != FlowMatchEulerDiscreteScheduler.__name__ and options.get("scheduler") is None:
+            options["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=scheduler_shift(folder / "scheduler"))
+        return super().from_pretrained(str(folder), **options)
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **options: Any) -> None:
+        """As diffusers' Wan pipelines do; also reads `.pt` files with `generator_lora` (LongLive), Wan2.1's names."""
+        super().load_lora_weights(read_lora(pretrained_model_name_or_path_or_dict), **options)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        return section(CacheConfig, "cache", self.config.cache)
+
+    @property
+    def sampler_config(self) -> SamplerConfig:
+        """With `shift` made definite: the scheduler's, where the settings have none."""
+        sampler = section(SamplerConfig, "sampler", self.config.sampler)
+        return sampler if sampler.shift is not None else replace(sampler, shift=self.scheduler.config.shift)
+
+    @property
+    def video_config(self) -> VideoConfig:
+        return section(VideoConfig, "video", self.config.video)
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """[1, n, text_dim], n <= text_len; without the zeros that the model pads with."""
+        text_len = self.transformer.config.text_len
+        return encode_prompt(self.tokenizer, self.text_encoder, prompt, text_len, self._execution_device)
+
+    def num_chunks(self, num_frames: int) -> int:
+        """Chunks that hold at least `num_frames` pixel frames."""
+        return math.ceil(self.vae_shape.latent_frames(num_frames) / self.transformer.config.frames_per_chunk)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        seconds: float | None = None,
+        seed: int | None = None,
+        cache: dict[str, Any] | CacheConfig | None = None,
+        noise: NoiseSource | None = None,
+    ) -> WanPipelineOutput | tuple:
+        """Generate whole videos. Arguments are those of diffusers' `WanPipeline`; None: what the pipeline says.
+
+        Args:
+            num_frames: pixel frames of each video; chunks are generated whole and the rest of the last one is cut off.
+            num_inference_steps: of the many-step sampler (`sampler.kind=euler`); few-step models have their steps.
+            guidance_scale: 1 turns classifier-free guidance off.
+            generator: source of all noise, in place of `seed`.
+            latents: noise that the chunks start from, [B, C, F, H, W].
+            seconds: in place of `num_frames`, rounded up to whole chunks.
+            seed: noise depends on nothing but (seed, prompt, number of that prompt's video, chunk, step); default 0.
+            cache: settings to change for this call, `{"top_k": 4}`, or all of them.
+            noise: source of all noise by (chunk, step, shape), in place of `seed` and `generator`.
+
+        Returns:
+            `.frames`, or a tuple of them, as `Chunk.frames` for whole videos.
+
+        Raises:
+            ConfigError: arguments that do not fit each other or the model.
+            NotFiniteError: a chunk of NaN or infinite numbers.
+        """
+        arguments = SimpleNamespace(**{key: value for key, value in locals().items() if key != "self"})
+        chunks = list(self._stream(arguments))
+        pieces = [chunk.frames for chunk in chunks]
+        if output_type == "pil":
+            frames = [sum(parts, []) for parts in zip(*pieces, strict=True)]
+        elif output_type == "latent":
+            frames = torch.cat(pieces, dim=2)
+        else:
+            frames = np.concatenate(pieces, 1) if output_type == "np" else torch.cat(pieces, 1)
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
+        """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video."""
+        bound = inspect.signature(self.__call__).bind(*arguments, **options)
+        bound.apply_defaults()
+        return self._stream(SimpleNamespace(**bound.arguments))
+
+    @torch.no_grad()
+    def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
+        self._check(asked)
+        video, per_prompt = self.video_config, asked.num_videos_per_prompt
+        sampler = self._sampler(asked)
+        names, embeds, negative = self._conditioning(asked, sampler)
+        names = [name for name in names for _ in range(per_prompt)]
+        rollout = Rollout(
+            self.transformer,
+            self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache),
+            sampler,
+            Prompts(embeds.repeat_interleave(per_prompt, 0), negative),
+            self._noise(asked, names),
+            device=self._execution_device,
+        )
+        if asked.callback_on_step_end is not None:
+            rollout.on_step_end = self._step_callback(rollout, asked)
+        frames = asked.num_frames
+        if frames is None:
+            frames = self._default_frames if asked.seconds is None else math.ceil(asked.seconds * video.fps)
+        yield from self._decoded(rollout, self.num_chunks(frames), asked.num_frames, asked.output_type)
+        self.maybe_free_model_hooks()
+
+    @property
+    def _default_frames(self) -> int:
+        return self.vae_shape.frames(self.video_config.trained_frames)
+
+    def _decoded(self, rollout: Rollout, total: int, wanted: int | None, output_type: str) -> Iterator[Chunk]:
+        """Run the rollout, decode what it makes; `wanted`: pixel frames after which the last chunk is cut."""
+        decoder, made = StreamingDecoder(self.vae), 0
+        for index, latents in rollout.run(total):
+            self._require_finite(index, latents, "latents", rollout)
+            frames = latents
+            if output_type != "latent":
+                pixels = decoder.decode(latents.to(self._execution_device))  # [B, 3, F, H, W]
+                self._require_finite(index, pixels, "pixels", rollout)
+                pixels = pixels if wanted is None else pixels[:, :, : wanted - made]
+                made += pixels.shape[2]
+                frames = self.video_processor.postprocess_video(pixels, output_type)
+            yield Chunk(index, frames, latents, rollout.cache.report())
+
+    def make_cache(self, height: int, width: int, cache: dict[str, Any] | CacheConfig | None = None) -> PackCache:
+        """An empty cache for videos of a size. Raises `ConfigError` for settings that fit neither model nor size."""
+        config = cache if isinstance(cache, CacheConfig) else section(
+            CacheConfig, "cache", {**self.config.cache, **(cache or {})}
+        )  # fmt: skip
+        stride = self.vae_shape.spatial_stride
+        try:
+            return PackCache.for_model(
+                self.transformer, config, height // stride, width // stride, self.video_config.trained_frames
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _sampler(self, asked: SimpleNamespace) -> SamplerConfig:
+        sampler, steps = self.sampler_config, asked.num_inference_steps
+        if steps is not None and sampler.kind == "few_step" and steps != len(sampler.steps):
+            raise ConfigError(
+                f"num_inference_steps is {steps}: this model was distilled for the {len(sampler.steps)} steps "
+                f"{sampler.steps}; leave it out, or load the pipeline with sampler={{'kind': 'euler'}}"
+            )
+        changes = {"num_steps": steps, "guidance": asked.guidance_scale, "negative_prompt": asked.negative_prompt}
+        return replace(sampler, **{key: value for key, value in changes.items() if value is not None})
+
+    def _check(self, asked: SimpleNamespace) -> None:
+        """Raise `ConfigError` for arguments that do not fit each other or the model."""
+        unit, video = self.vae_shape.spatial_stride * self.transformer.config.patch_size[-1], self.video_config
+        height, width = asked.height or video.height, asked.width or video.width
+        if height % unit or width % unit:
+            raise ConfigError(f"height and width are {height} and {width}: must be multiples of {unit} px")
+        for first, second in (("prompt", "prompt_embeds"), ("num_frames", "seconds"), ("seed", "generator")):
+            if getattr(asked, first) is not None and getattr(asked, second) is not None:
+                raise ConfigError(f"{first} and {second} are both given: leave one out")
+        if asked.prompt is None and asked.prompt_embeds is None:
+            raise ConfigError("neither prompt nor prompt_embeds is given")
+        for name in ("num_frames", "seconds", "num_videos_per_prompt", "num_inference_steps"):
+            value = getattr(asked, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}: must be a positive number")
+        if asked.output_type not in OUTPUT_TYPES:
+            raise ConfigError(f"output_type is {asked.output_type}: expected one of {', '.join(OUTPUT_TYPES)}")
+        for name in asked.callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ConfigError(
+                    f"callback_on_step_end_tensor_inputs has {name}: expected some of {self._callback_tensor_inputs}"
+                )
+
+    def _conditioning(self, asked: SimpleNamespace, sampler: SamplerConfig):
+        """Prompts (keys of the noise), embeddings [P, n, text_dim]; with guidance negative ones [1, n, text_dim]."""
+        embeds, negative = asked.prompt_embeds, asked.negative_prompt_embeds
+        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
+        if embeds is None:
+            names = [asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt)
+            embeds = pad_sequence([self.encode_prompt(name)[0] for name in names], batch_first=True)
+        else:
+            names = [f"embeds {number}" for number in range(len(embeds))]
+        if sampler.guidance == 1:
+            return names, embeds.to(**place), None
+        negative = self.encode_prompt(sampler.negative_prompt) if negative is None else negative
+        return names, embeds.to(**place), negative.to(**place)
+
+    def _noise(self, asked: SimpleNamespace, names: list[str]) -> NoiseSource:
+        if asked.noise is not None:
+            noise = asked.noise
+        elif asked.generator is not None:
+
+            def noise(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+                return randn_tensor((len(names), *shape), generator=asked.generator, dtype=torch.float32)
+
+        else:
+            samples = [names[:place].count(name) for place, name in enumerate(names)]
+            noise = prompt_noise(asked.seed or 0, names, samples)
+        return noise if asked.latents is None else _given_noise(asked.latents, noise)
+
+    def _step_callback(self, rollout: Rollout, asked: SimpleNamespace) -> StepCallback:
+        def call(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+            prompts = rollout.prompts
+            tensors = {"latents": latents, "prompt_embeds": prompts.embeds, "negative_prompt_embeds": prompts.negative}
+            wanted = {name: tensors[name] for name in asked.callback_on_step_end_tensor_inputs}
+            changed = asked.callback_on_step_end(self, chunk * rollout.steps_per_chunk + step, timestep, wanted) or {}
+            return changed.get("latents", latents)
+
+        return call
+
+    def _require_finite(self, index: int, tensor: torch.Tensor, what: str, rollout: Rollout) -> None:
+        if tensor.isfinite().all():
+            return
+        if what == "pixels":
+            part = "the VAE or its dtype: the latents are finite"
+        elif not rollout.embeds.isfinite().all():
+            part = "the text encoder or its dtype: the prompt's embeddings are not finite"
+        elif not all(weight.isfinite().all() for weight in self.transformer.parameters() if not weight.is_meta):
+            part = "the transformer's weights, which are not all finite"
+        else:
+            part = f"sampler.guidance={rollout.sampler.guidance}, the dtype or an untrained checkpoint"
+        raise NotFiniteError(f"chunk {index}: its {what} are NaN or infinite; the likely part is {part}")
+
+
+def scheduler_shift(folder: Path) -> float:
+    """The flow shift that a scheduler's config says, by either of diffusers' names; 1 where it says none."""
+    path = folder / "scheduler_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return float(settings.get("shift", settings.get("flow_shift", 1.0)))
+
+
+def _given_noise(latents: torch.Tensor, further: NoiseSource) -> NoiseSource:
+    """Noise of the first step from `latents` [B, C, F, H, W], that of others from `further`."""
+
+    def draw(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+        frames = shape[1]
+        piece = latents[:, :, chunk * frames : (chunk + 1) * frames]
+        if step != 0:
+            return further(chunk, step, shape).to(latents)
+        if piece.shape[1:] != shape:
+            raise ConfigError(f"latents are {list(latents.shape)}: chunk {chunk} needs {list(shape)}")
+        return piece.float()
+
+    return draw

@@ -1,0 +1,249 @@
+"""`PackForcingPipeline` as diffusers' users call it: loading, saving, calling, streaming, offloading, LoRA."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from peft import LoraConfig
+
+from model.cache.cache import PackCache
+from model.convert import diffusers_to_wan
+from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.vae_stream import StreamingDecoder
+from tests import tiny
+from utils.config import ConfigError
+
+PROMPT, OTHER = "a red circle bounces over a blue plain", "a green shape circles over a gradient"
+CACHE = {"sink": 1, "recent": 1, "top_k": 1, "compressor": {"channels": [4, 8]}}
+SAMPLER = {"steps": [1000.0, 500.0]}
+VIDEO = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "trained_frames": 10, "frames_per_chunk": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def pipe(folder):
+    pipe = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler=SAMPLER, video=VIDEO)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(one, other):
+    return np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_call_is_the_rollout_decoded(pipe):
+    frames = pipe(PROMPT, num_frames=13, seed=3).frames
+    assert frames.shape == (1, 13, tiny.HEIGHT, tiny.WIDTH, 3) and frames.std() > 0.01
+    cache = PackCache.for_model(pipe.transformer, pipe.cache_config, 4, 6, 10)
+    prompts = Prompts(pipe.encode_prompt(PROMPT))
+    rollout = Rollout(pipe.transformer, cache, pipe.sampler_config, prompts, prompt_noise(3, [PROMPT], [0]))
+    latents = torch.cat([latents for _, latents in rollout.run(2)], dim=2)
+    expected = StreamingDecoder(pipe.vae).decode(latents)[0].permute(1, 2, 3, 0) / 2 + 0.5
+    assert np.abs(frames[0] - expected.numpy()).max() < 1e-6
+
+
+def test_streaming_gives_the_same_frames_and_a_report(pipe):
+    chunks = list(pipe.stream(PROMPT, num_frames=25, seed=1))
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    assert same(np.concatenate([chunk.frames for chunk in chunks], 1), pipe(PROMPT, num_frames=25, seed=1).frames)
+    assert chunks[-1].report["mid"]["tokens"] == 2 and chunks[-1].report["sink"]["tokens"] == 12
+
+
+def test_videos_of_a_batch_are_those_made_alone(pipe):
+    both = pipe([PROMPT, OTHER], num_frames=13, num_videos_per_prompt=2).frames
+    assert len(both) == 4 and not same(both[0], both[1])
+    assert np.abs(both[0] - pipe(PROMPT, num_frames=13).frames[0]).max() < 1e-5
+    assert np.abs(both[2] - pipe(OTHER, num_frames=13).frames[0]).max() < 1e-5
+
+
+def test_length_counts_frames_or_seconds(pipe):
+    assert pipe(PROMPT, num_frames=7).frames.shape[1] == 7  # of the 13 that two chunks hold
+    assert pipe(PROMPT, seconds=1).frames.shape[1] == 21  # whole chunks: 16 frames need 5 latent ones, that is 3 chunks
+    assert pipe(PROMPT).frames.shape[1] == 37  # as many as in training
+
+
+def test_output_types(pipe):
+    wanted = pipe(PROMPT, num_frames=5).frames
+    tensor = pipe(PROMPT, num_frames=5, output_type="pt").frames.permute(0, 1, 3, 4, 2)
+    assert np.abs(tensor.numpy() - wanted).max() < 1e-6
+    images = pipe(PROMPT, num_frames=5, output_type="pil").frames
+    assert np.abs(np.stack([np.asarray(image) for image in images[0]]) / 255 - wanted[0]).max() < 0.51 / 255
+    assert pipe(PROMPT, num_frames=5, output_type="latent", return_dict=False)[0].shape == (1, 4, 2, 4, 6)
+
+
+def test_noise_of_ones_own(pipe):
+    by_generator = [pipe(PROMPT, num_frames=13, generator=torch.Generator().manual_seed(i)).frames for i in (0, 0, 1)]
+    assert same(by_generator[0], by_generator[1]) and not same(by_generator[0], by_generator[2])
+    latents = torch.randn(1, 4, 4, 4, 6)
+    given = [pipe(PROMPT, num_frames=13, latents=x).frames for x in (latents, latents.clone(), -latents)]
+    assert same(given[0], given[1]) and not same(given[0], given[2])
+    with pytest.raises(ConfigError, match="latents are .*chunk 1 needs"):
+        pipe(PROMPT, num_frames=13, latents=latents[:, :, :3])
+
+
+def test_prompt_embeds_stand_for_a_prompt(pipe):
+    noise = prompt_noise(0, [PROMPT], [0])
+    embeds = pipe.encode_prompt(PROMPT)
+    assert same(pipe(prompt_embeds=embeds, num_frames=13, noise=noise).frames, pipe(PROMPT, num_frames=13).frames)
+
+
+def test_guidance_and_many_steps(folder):
+    many = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler={"kind": "euler"}, video=VIDEO)
+    options = {"num_frames": 5, "num_inference_steps": 3}
+    plain = many(PROMPT, **options).frames
+    assert same(many(PROMPT, guidance_scale=1, **options).frames, plain)
+    guided = many(PROMPT, guidance_scale=5, negative_prompt=OTHER, **options).frames
+    assert not same(guided, plain)
+    negative = many.encode_prompt(OTHER)
+    assert same(many(PROMPT, guidance_scale=5, negative_prompt_embeds=negative, **options).frames, guided)
+
+
+def test_cache_settings_of_one_call(pipe):
+    kept = pipe(PROMPT, num_frames=41).frames
+    assert not same(pipe(PROMPT, num_frames=41, cache={"kind": "window"}).frames, kept)
+    assert same(pipe(PROMPT, num_frames=41).frames, kept)
+
+
+def test_callback_sees_every_step_and_may_change_latents(pipe):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        assert pipeline is pipe and set(tensors) == {"latents", "prompt_embeds"}
+        seen.append((step, round(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = pipe(
+        PROMPT, num_frames=13, output_type="latent", callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    ).frames  # fmt: skip
+    assert seen == [(0, 1000), (1, 750), (2, 1000), (3, 750)] and not latents.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 7}, "num_inference_steps is 7"),
+        ({"height": 40}, "height and width are 40"),
+        ({"num_frames": 5, "seconds": 2}, "num_frames and seconds"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"output_type": "gif"}, "output_type is gif: expected one of pil"),
+        ({"cache": {"top": 1}}, "cache.top"),
+        ({"prompt_embeds": torch.zeros(1, 2, 16)}, "prompt and prompt_embeds"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, options, message):
+    with pytest.raises(ConfigError, match=message):
+        pipe(PROMPT, **options)
+
+
+def test_saved_and_loaded_it_makes_the_same_video(pipe, tmp_path):
+    wanted = pipe(PROMPT, num_frames=13).frames
+    pipe.save_pretrained(tmp_path)
+    assert same(PackForcingPipeline.from_pretrained(tmp_path)(PROMPT, num_frames=13).frames, wanted)
+    assert same(PackForcingPipeline.from_pipe(pipe)(PROMPT, num_frames=13).frames, wanted)
+
+
+def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": 9.0}))
+    settings = {"cache": CACHE, "video": VIDEO}
+    wanted = pipe(PROMPT, num_frames=13).frames
+    other = PackForcingPipeline.from_pretrained(tmp_path / "other", sampler=SAMPLER, **settings)
+    assert not same(other(PROMPT, num_frames=13).frames, wanted)
+    again = PackForcingPipeline.from_pretrained(tmp_path / "other", sampler=SAMPLER | {"shift": 3.0}, **settings)
+    assert same(again(PROMPT, num_frames=13).frames, wanted)
+
+
+def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    known = {"num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
+             "freq_dim", "ffn_dim"}  # fmt: skip
+    wan = WanTransformer3DModel(**{key: pipe.transformer.config[key] for key in known})
+    wan.load_state_dict({k: v for k, v in pipe.transformer.state_dict().items() if "pack_compressor" not in k})
+    shutil.rmtree(tmp_path / "transformer")
+    wan.save_pretrained(tmp_path / "transformer")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    index |= {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    for name in ("cache", "sampler", "video"):
+        del index[name]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0})
+    )
+    plain = PackForcingPipeline.from_pretrained(tmp_path)
+    assert plain.transformer.pack_compressor is None and plain.sampler_config.shift == 3.0
+    assert plain(PROMPT, num_frames=13, height=32, width=48).frames.std() > 0.001
+
+
+def test_tiled_decoding_is_the_librarys(pipe):
+    latents = torch.randn(1, 4, 3, 8, 10)
+    vae: AutoencoderKLWan = pipe.vae
+    vae.enable_tiling(tile_sample_min_height=32, tile_sample_min_width=48, tile_sample_stride_height=16,
+                      tile_sample_stride_width=32)  # fmt: skip
+    decoder = StreamingDecoder(vae)
+    pieces = [decoder.decode(piece) for piece in latents.split([1, 2], dim=2)]
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+    assert (torch.cat(pieces, dim=2) - expected).abs().max() < 1e-5
+
+
+def test_offloaded_by_groups_it_makes_the_same_video(pipe, folder):
+    wanted = pipe(PROMPT, num_frames=13).frames
+    other = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler=SAMPLER, video=VIDEO)
+    other.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert np.abs(other(PROMPT, num_frames=13).frames - wanted).max() < 1e-5
+
+
+def test_not_finite_is_an_error_that_names_the_part(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="chunk 0: its latents are NaN .* transformer's weights"):
+        pipe(PROMPT, num_frames=13)
+
+
+def lora_weights(pipe):
+    """Weights of an adapter over the transformer's attention, by diffusers' names."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, "made")
+    state = {k: v.clone() for k, v in pipe.transformer.state_dict().items() if "lora_" in k}
+    pipe.transformer.delete_adapters("made")
+    return {name.replace(".made.", "."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "wan", "longlive"])
+def test_lora_of_every_layout_changes_the_video_alike(pipe, tmp_path, layout):
+    plain = pipe(PROMPT, num_frames=5).frames
+    weights = lora_weights(pipe)
+    source = {f"transformer.{name}": value for name, value in weights.items()}
+    if layout != "diffusers":
+
+        def wan(name):
+            layer, _, rest = name.partition(".lora_")
+            return f"{diffusers_to_wan(layer + '.weight').removesuffix('.weight')}.lora_{rest}"
+
+        source = {f"diffusion_model.{wan(name)}": value for name, value in weights.items()}
+    if layout == "longlive":
+        names = {name: name.replace("diffusion_model.", "base_model.model.model.").replace(".weight", ".default.weight")
+                 for name in source}  # fmt: skip
+        torch.save({"generator_lora": {names[k]: v for k, v in source.items()}}, tmp_path / "lora.pt")
+        source = tmp_path / "lora.pt"
+    pipe.load_lora_weights(source, adapter_name="style")
+    styled = pipe(PROMPT, num_frames=5).frames
+    assert not same(styled, plain)
+    pipe.set_adapters("style", 0.0)
+    assert np.abs(pipe(PROMPT, num_frames=5).frames - plain).max() < 1e-5
+    pipe.set_adapters("style", 1.0)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert np.abs(pipe(PROMPT, num_frames=5).frames - styled).max() < 1e-4
