@@ -1,13 +1,18 @@
-"""Attention calls of the causal DiT: diffusers' backend dispatcher, and the block masks of whole-clip passes."""
+"""Attention of the causal DiT: its processor, diffusers' backend dispatcher, and the block masks of whole-clip passes.
+
+Shape letters: B batch, L queries, M keys, H heads, D head dim.
+"""
 
 from functools import lru_cache
 
 import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
+from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-
-from model.matmul_attention import matmul_attention
 
 
 def best_backend(device: torch.device | str) -> str:
@@ -33,7 +38,7 @@ def attend(
     """query [B, L, H, D], key and value [B, M, H, D] -> [B, L, H, D].
 
     With a mask the call goes to flex attention (block mask) or SDPA (boolean mask), whatever `backend` says, as the
-    flash kernels take none. On a CPU, what needs a gradient goes to plain matrix products (model/matmul_attention.py).
+    flash kernels take none. On a CPU, what needs a gradient goes to plain matrix products (`matmul_attention`).
     """
     if query.requires_grad and query.device.type == "cpu":
         return matmul_attention(query, key, value, mask)
@@ -43,6 +48,22 @@ def attend(
     if mask is not None:
         backend = AttentionBackendName.NATIVE
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
+
+
+def matmul_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """query [B, L, H, D], key and value [B, M, H, D], mask boolean [1, 1, L, M] (True: sees) -> [B, L, H, D].
+
+    Products in the dtype of `value`, softmax in float32. PyTorch's fused CPU attention has a slow backward: measured
+    with bf16 on an AMX core, 288 tokens, 4 heads x 64, it takes 1.6 times as long, and with 16 text tokens as keys 6
+    times.
+    """
+    query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))  # [B, H, L or M, D]
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)).float()  # [B, H, L, M]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1).to(value.dtype), value).transpose(1, 2)  # [B, L, H, D]
 
 
 @lru_cache(maxsize=1)
@@ -82,12 +103,107 @@ def clip_mask(
         return sees(None, None, index[:, None], index[None, :])[None, None]
 
 
-def rms_norm(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """norm(x) in the dtype of x [B, L, dim], which autocast on CUDA would make float32, and with it the KV cache; with
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in the dtype of its input, which autocast on CUDA would make float32, and with it the KV cache; with
     fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
-    offloaded = norm.weight.is_meta  # a hook on the module's own forward fetches it
-    if x.device.type != "cpu" or offloaded or torch.compiler.is_compiling():
-        return norm(x).type_as(x)
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
-    scale = torch.rsqrt(squares / x.shape[-1] + norm.eps)
-    return (x * scale * norm.weight).type_as(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, dim] -> [B, L, dim]."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x).type_as(x)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
+        scale = torch.rsqrt(squares / x.shape[-1] + self.eps)
+        return (x * scale * self.weight).type_as(x)
+
+
+def project(attn: WanAttention, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
+    """Un-rotated query, key and value, those of them in `parts`, of tokens x [B, L, dim]: [B, L, H, D] each.
+
+    `parts` is `qkv`, `kv` or `q`; fused projections (`fuse_qkv_projections`) are used where they hold them.
+    """
+    if attn.fused_projections and parts != "q":
+        fused, count = (attn.to_kv, 2) if attn.is_cross_attention else (attn.to_qkv, 3)
+        projected = fused(x).chunk(count, dim=-1)[-len(parts) :]
+    else:
+        projected = [getattr(attn, f"to_{part}")(x) for part in parts]
+    norms = {"q": attn.norm_q, "k": attn.norm_k, "v": nn.Identity()}
+    normed = [norms[part](tokens).type_as(tokens) for part, tokens in zip(parts, projected, strict=True)]
+    return [tokens.unflatten(2, (attn.heads, -1)) for tokens in normed]
+
+
+class CausalWanAttnProcessor:
+    """Attention of a Wan block: over a clip under a mask, over a chunk and its history, or over the prompt.
+
+    Takes what `WanAttnProcessor` takes (text-to-video), so that it serves bidirectional Wan models too, and a
+    `LayerMemory`.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        rotary_emb=None,
+        memory=None,
+    ) -> torch.Tensor:
+        """hidden_states [B, L, dim], encoder_hidden_states [B, M, dim] or None -> [B, L, dim].
+
+        `rotary_emb`: a `Rotation`, or Wan's table (cos, sin). `memory`: `model.block.LayerMemory` of the layer.
+        """
+        if attn.is_cross_attention:
+            (query,) = project(attn, hidden_states, "q")
+            if memory is None or memory.text_kv is None:
+                key, value = project(attn, encoder_hidden_states, "kv")
+            else:
+                key, value = memory.text(attn, encoder_hidden_states)
+        else:
+            query, key, value = unrotated = project(attn, hidden_states, "qkv")
+            if rotary_emb is not None:
+                query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
+            if memory is not None and memory.context is not None:
+                memory.leave(attn, *unrotated)
+                key, value = memory.with_history(attn, unrotated[0], key, value)
+        out = attend(query, key, value, self._attention_backend, attention_mask)  # [B, L, H, D]
+        out = attn.to_out[0](out.flatten(2).type_as(hidden_states))  # [B, L, dim]
+        return attn.to_out[1](out)
+
+
+def _rotate(x: torch.Tensor, rotary_emb) -> torch.Tensor:
+    """x [B, L, H, D] by a `Rotation` or by Wan's table, cos and sin [1, L, 1, D] with each value given twice.
+
+    The latter has the numbers of indexing even and odd channels, without strided access, which CPUs do slowly.
+    """
+    if not isinstance(rotary_emb, tuple):
+        return rotary_emb(x)
+    cos, sin = rotary_emb
+    swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)  # [B, L, H, D]
+    return x * cos + swapped * sin
+
+
+class SigmoidGELU(nn.Module):
+    """Projection and tanh-form GELU: 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+
+    def __init__(self, proj: nn.Linear):
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, L, dim] -> [B, L, ffn_dim]."""
+        x = self.proj(hidden_states)
+        return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
+
+
+def prepare_for_cpu(model: WanTransformer3DModel) -> None:
+    """Make a Wan DiT, causal or not, train 1.4 times as fast on a CPU, in place; parameter names stay.
+
+    Same numbers up to rounding: attention with gradient by matrix products, and a GELU that vectorises better.
+    """
+    model.set_attn_processor(CausalWanAttnProcessor())
+    for block in model.blocks:
+        first = block.ffn.net[0]
+        if isinstance(first, GELU) and first.approximate == "tanh":
+            block.ffn.net[0] = SigmoidGELU(first.proj)

@@ -4,13 +4,22 @@ Shape letters: B batch, L tokens, G timestep groups, D head dim, M archived chun
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from model.attention import attend, rms_norm
+from model.attention import CausalWanAttnProcessor, RMSNorm, project
 from model.rope import Rotation
+
+if TYPE_CHECKING:
+    from model.cache.context import ChunkContext
 
 
 class LayerKV(NamedTuple):
@@ -54,60 +63,57 @@ class MidTokens(NamedTuple):
     chunk_ids: list[int]
 
 
-class CausalWanBlock(WanTransformerBlock):
-    """A Wan block whose self-attention takes its history from a context, or a mask over a whole clip."""
+@dataclass(eq=False)
+class LayerMemory:
+    """What one layer reads beyond its own tokens, a chunk's history and the prompts' K, V, and what it leaves behind.
 
-    layer: int  # index of the block, set by the model
+    Args:
+        layer: index of the block.
+        context: `ChunkContext` of the chunk; None for a whole clip.
+        mid_tokens: archived chunks whose K, V are projected anew, with gradient; None: the archived K, V are taken.
+        new_mid: the chunk's own compressed tokens [B, N_c, dim].
+        text_kv: memo of the prompts' K, V.
+        left: filled by the forward; stays None where a hook skips the layer's attention.
+    """
 
-    def _project_kv(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Un-rotated K, V of tokens [B, L, dim] by this layer's own projections: [B, L, heads, D] each."""
-        attn = self.attn1
-        key = rms_norm(attn.norm_k, attn.to_k(hidden)).unflatten(2, (attn.heads, -1))
-        return key, attn.to_v(hidden).unflatten(2, (attn.heads, -1))
-
-    def _self_attention(self, x, rotation, mask, context, mid_tokens):
-        """x [B, L, dim] -> attention output [B, L, dim], (query, key, value) un-rotated."""
-        attn, backend = self.attn1, self.attn1.processor._attention_backend
-        query = rms_norm(attn.norm_q, attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
-        key, value = self._project_kv(x)  # [B, L, heads, D]
-        rotated_query, rotated_key = rotation(query), rotation(key)
-        if context is None:
-            out = attend(rotated_query, rotated_key, value, backend, mask)  # [B, L, heads, D]
-        else:
-            keys, values = self._with_history(context, query, rotated_key, value, mid_tokens)
-            out = attend(rotated_query, keys, values, backend)  # [B, L, heads, D]
-        out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
-        return attn.to_out[1](out), (query, key, value)
+    layer: int
+    context: "ChunkContext | None" = None
+    mid_tokens: MidTokens | None = None
+    new_mid: torch.Tensor | None = None
+    text_kv: TextKV | None = None
+    left: LayerKV | None = None
 
     @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
-    def _with_history(self, context, query, rotated_key, value, mid_tokens):
+    def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""
-        selected = context.select(self.layer, query)  # [B, k] chunk ids
+        selected = self.context.select(self.layer, query)  # [B, k] chunk ids
         mid = None
-        if mid_tokens is not None and selected.shape[1]:
-            mid = self._project_kv(_gather_chunks(mid_tokens, selected))
-        return context.extend(self.layer, selected, rotated_key, value, mid)
+        if self.mid_tokens is not None and selected.shape[1]:
+            mid = project(attn, _gather_chunks(self.mid_tokens, selected), "kv")
+        keys, values = self.context.extend(self.layer, selected, rotated_key, value, mid)
+        return keys.type_as(query), values.type_as(query)  # a cache may be of another dtype than the computation
 
-    def _project_text(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, text_len, dim] -> K, V [B, text_len, heads, D] each."""
-        attn = self.attn2
-        key = rms_norm(attn.norm_k, attn.to_k(text)).unflatten(2, (attn.heads, -1))
-        return key, attn.to_v(text).unflatten(2, (attn.heads, -1))
+    def leave(self, attn, query, key, value) -> None:
+        """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens."""
+        mid_key, mid_value = (None, None) if self.new_mid is None else project(attn, self.new_mid, "kv")
+        self.left = LayerKV(query, key, value, mid_key, mid_value)
 
     @torch.compiler.disable
-    def _memorised_text(self, text: torch.Tensor | None, text_kv: TextKV) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.layer not in text_kv:
-            text_kv[self.layer] = self._project_text(text)
-        return text_kv[self.layer]
+    def text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, V of the prompts [B, text_len, dim]: [B, text_len, heads, D] each."""
+        if self.layer not in self.text_kv:
+            self.text_kv[self.layer] = project(attn, text, "kv")
+        return self.text_kv[self.layer]
 
-    def _cross_attention(self, x, text, text_kv):
-        """x [B, L, dim], text [B, text_len, dim] -> [B, L, dim]."""
-        attn = self.attn2
-        query = rms_norm(attn.norm_q, attn.to_q(x)).unflatten(2, (attn.heads, -1))  # [B, L, heads, D]
-        key, value = self._project_text(text) if text_kv is None else self._memorised_text(text, text_kv)
-        out = attend(query, key, value, attn.processor._attention_backend)  # [B, L, heads, D]
-        out = attn.to_out[0](out.flatten(2).type_as(x))  # [B, L, dim]
-        return attn.to_out[1](out)
+
+class CausalWanBlock(WanTransformerBlock):
+    """A Wan block whose self-attention takes its history from a `LayerMemory`, or a mask over a whole clip."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        for attn in (self.attn1, self.attn2):
+            attn.set_processor(CausalWanAttnProcessor())
+            attn.norm_q, attn.norm_k = (RMSNorm(x.normalized_shape, x.eps) for x in (attn.norm_q, attn.norm_k))
 
     def forward(
         self,
@@ -116,17 +122,15 @@ class CausalWanBlock(WanTransformerBlock):
         temb: torch.Tensor,
         rotary_emb: Rotation,
         mask=None,
-        context=None,
-        mid_tokens: MidTokens | None = None,
-        new_mid: torch.Tensor | None = None,
-        text_kv: TextKV | None = None,
-    ) -> tuple[torch.Tensor, LayerKV]:
-        """hidden_states [B, L, dim], temb [B, G, 6, dim] -> [B, L, dim] and what the layer leaves behind.
+        memory: LayerMemory | None = None,
+    ) -> torch.Tensor:
+        """hidden_states [B, L, dim], temb [B, G, 6, dim] -> [B, L, dim]; G timestep groups share the L tokens evenly.
 
-        G timestep groups share the L tokens evenly. `new_mid` [B, N_c, dim]: the chunk's own compressed tokens.
+        `encoder_hidden_states` [B, text_len, dim] may be None where `memory` holds the prompts' K, V.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
         groups = temb.shape[1]
+        memory = {} if memory is None else {"memory": memory}  # unknown to processors of other models
 
         def modulate(x, scale, shift):  # [B, L, dim] -> [B, L, dim], in float32 as Wan does
             x = torch.addcmul(shift[:, :, None], x.unflatten(1, (groups, -1)), 1 + scale[:, :, None])
@@ -137,17 +141,13 @@ class CausalWanBlock(WanTransformerBlock):
             return torch.addcmul(x, update, gate[:, :, None]).flatten(1, 2).type_as(hidden_states)
 
         x = modulate(self.norm1(hidden_states.float()), scale, shift)  # [B, L, dim]
-        x, (query, key, value) = self._self_attention(x, rotary_emb, mask, context, mid_tokens)
-        hidden_states = residual(hidden_states, x, gate)
+        hidden_states = residual(hidden_states, self.attn1(x, None, mask, rotary_emb, **memory), gate)
 
         x = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self._cross_attention(x, encoder_hidden_states, text_kv)
+        hidden_states = hidden_states + self.attn2(x, encoder_hidden_states, None, None, **memory)
 
         x = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift)
-        hidden_states = residual(hidden_states, self.ffn(x), ffn_gate)
-
-        mid_key, mid_value = (None, None) if new_mid is None else self._project_kv(new_mid)
-        return hidden_states, LayerKV(query, key, value, mid_key, mid_value)
+        return residual(hidden_states, self.ffn(x), ffn_gate)
 
 
 def _gather_chunks(tokens: MidTokens, selected: torch.Tensor) -> torch.Tensor:
@@ -156,3 +156,11 @@ def _gather_chunks(tokens: MidTokens, selected: torch.Tensor) -> torch.Tensor:
     index = torch.tensor([[place[chunk] for chunk in row] for row in selected.tolist()])
     rows = torch.arange(len(index))[:, None]
     return tokens.hidden[rows.to(tokens.hidden.device), index.to(tokens.hidden.device)].flatten(1, 2)
+
+
+# What diffusers' step caches (FirstBlockCache, MagCache, ...) and layer skipping need to know of block and processor.
+TransformerBlockRegistry.register(CausalWanBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+AttentionProcessorRegistry.register(
+    CausalWanAttnProcessor,
+    AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states, *_, **__: hidden_states),
+)

@@ -22,8 +22,8 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
 from torch import nn
 
-from model.attention import clip_mask
-from model.block import CausalWanBlock, ChunkKV, MidTokens, TextKV
+from model.attention import CausalWanAttnProcessor, clip_mask
+from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
 from model.compressor import HRSpatialCompressor
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation
@@ -31,7 +31,7 @@ from model.rope import Rotation, grid_positions, grid_rotation
 
 @dataclass
 class CausalWanOutput(Transformer2DModelOutput):
-    """`sample`: flow [B, C, F, H, W]; `kv`: the chunk's K, V where a context was given."""
+    """`sample`: flow [B, C, F, H, W]; `kv`: the chunk's K, V where a context was given and every layer was computed."""
 
     kv: ChunkKV | None = None
 
@@ -100,8 +100,6 @@ class CausalWanModel(WanTransformer3DModel):
         self.blocks = nn.ModuleList(
             CausalWanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
         )
-        for layer, block in enumerate(self.blocks):
-            block.layer = layer
         if compressor == "hr_spatial":
             self.pack_compressor = HRSpatialCompressor(in_channels, compressor_channels, dim)
         elif compressor == "identity":
@@ -129,7 +127,7 @@ class CausalWanModel(WanTransformer3DModel):
         return_kv: bool = True,
         train_compressor: bool = False,
         text_kv: TextKV | None = None,
-    ) -> CausalWanOutput | tuple[torch.Tensor, ChunkKV | None]:
+    ) -> CausalWanOutput | tuple[torch.Tensor]:
         """Flow of noisy latents.
 
         Args:
@@ -140,73 +138,91 @@ class CausalWanModel(WanTransformer3DModel):
             clean_hidden_states: clean latents [B, C, F, H, W]. Without a context: use (b), teacher forcing. With one:
                 what the compressor sees, where that differs from `hidden_states`.
             clean_timestep: [B] or [B, F] of the clean half in (b); 0 by default.
+            return_dict: False returns the tuple (sample,) as Wan does; the chunk's K, V come with True alone.
             return_kv: with a context, also return the chunk's K, V (and its compressed ones where it will need them).
+                None where a step cache of diffusers (FirstBlockCache, PAB, ...) left out a layer.
             train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
             text_kv: memo of the prompts' cross-attention K, V, filled where empty; not used while gradients are on.
 
         Raises:
-            ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning.
+            ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning, a context with
+                attention processors that cannot read it.
         """
         if encoder_hidden_states_image is not None:
             raise ValueError("encoder_hidden_states_image: CausalWanModel is text-to-video only")
-        batch, _, frames, height, width = hidden_states.shape
+        _, _, frames, height, width = hidden_states.shape
         geometry, chunk = self.geometry(height, width), self.config.frames_per_chunk
         if (frames != chunk) if context is not None else (frames % chunk):
             raise ValueError(f"{frames} latent frames do not fit chunks of {chunk} (set frames_per_chunk)")
-        teacher_forcing = context is None and clean_hidden_states is not None
-
-        if context is not None:
-            context.check_fits(batch, geometry)
         if torch.is_grad_enabled():
             text_kv = None  # a memo has no gradient, and a recomputation must not find it filled
-
         timestep = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
         if timestep.shape[1] not in (1, frames):
             raise ValueError(f"timestep has {timestep.shape[1]} columns: give [B], or [B, F] with {frames} frames")
-        latents = hidden_states
+
+        latents, clean = hidden_states, hidden_states if clean_hidden_states is None else clean_hidden_states
+        teacher_forcing = context is None and clean_hidden_states is not None
         if teacher_forcing:
-            if clean_hidden_states.shape != hidden_states.shape:
-                clean, noisy = tuple(clean_hidden_states.shape), tuple(hidden_states.shape)
-                raise ValueError(f"clean_hidden_states are {clean}: must be of the shape of hidden_states, {noisy}")
+            if clean.shape != hidden_states.shape:
+                shapes = f"{tuple(clean.shape)}: must be of the shape of hidden_states, {tuple(hidden_states.shape)}"
+                raise ValueError(f"clean_hidden_states are {shapes}")
             timestep = timestep.expand(-1, frames)
-            if clean_timestep is None:
-                clean_timestep = torch.zeros_like(timestep)
+            clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
             clean_timestep = clean_timestep if clean_timestep.ndim == 2 else clean_timestep[:, None]
             timestep = torch.cat((clean_timestep.expand(-1, frames), timestep), dim=1)  # [B, 2F]
-            latents = torch.cat((clean_hidden_states, hidden_states), dim=2)  # [B, C, 2F, H, W]
+            latents = torch.cat((clean, hidden_states), dim=2)  # [B, C, 2F, H, W]
 
         x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
         temb, modulation = self._embed_time(timestep, x.dtype)  # [B, G, dim], [B, G, 6, dim]
         text = self._embed_text(encoder_hidden_states, text_kv)  # [B, text_len, dim] or None
-
-        mid_tokens = new_mid = mask = None
-        if context is not None:
-            rotation = context.query_rotation(x.device)
-            if train_compressor and context.uses_compressor:
-                mid_tokens = self._compress_archived(context)
-            if return_kv and context.will_be_compressed and context.uses_compressor:
-                source = hidden_states if clean_hidden_states is None else clean_hidden_states
-                new_mid = self.pack_compressor(source)  # [B, N_c, dim]
-        else:
+        if context is None:
             rotation = self._clip_rotation(geometry, frames, teacher_forcing, x.device)
-            mask = clip_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
+            make_mask = clip_mask.__wrapped__ if torch.compiler.is_compiling() else clip_mask  # dynamo sees no memo
+            mask = make_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
+            mid_tokens = new_mid = None
+        else:
+            mask, compressed = None, clean if return_kv else None
+            rotation, mid_tokens, new_mid = self._read_context(context, x, geometry, compressed, train_compressor)
 
         layers = []
-        for block in self.blocks:
-            arguments = (x, text, modulation, rotation, mask, context, mid_tokens, new_mid, text_kv)
+        for layer, block in enumerate(self.blocks):
+            memory = None
+            if context is not None or text_kv is not None:
+                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv)
+            arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, layer_kv = self._gradient_checkpointing_func(block, *arguments)
+                x = self._gradient_checkpointing_func(block, *arguments)  # [B, L, dim]
             else:
-                x, layer_kv = block(*arguments)  # [B, L, dim]
-            if context is not None and return_kv:
-                layers.append(layer_kv)
+                x = block(*arguments)  # [B, L, dim]
+            if memory is not None:
+                layers.append(memory.left)
+                memory.left = None  # or a checkpoint would keep it until the backward pass
 
         sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
         sample = sample[:, :, -frames:]  # [B, C, F, H, W]
-        kv = None
-        if layers:
-            kv = ChunkKV(layers, hidden_states if clean_hidden_states is None else clean_hidden_states)
-        return CausalWanOutput(sample=sample, kv=kv) if return_dict else (sample, kv)
+        if not return_dict:
+            return (sample,)
+        complete = context is not None and return_kv and all(layer is not None for layer in layers)
+        return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean) if complete else None)
+
+    @torch.compiler.disable  # a context is plain Python
+    def _read_context(
+        self, context, x: torch.Tensor, geometry: ChunkGeometry, clean: torch.Tensor | None, train_compressor: bool
+    ) -> tuple[Rotation, MidTokens | None, torch.Tensor | None]:
+        """Rotation of the chunk x [B, L, dim], the archived chunks to compress with gradient, and, where `clean`
+        [B, C, F, H, W] is given and will need it, the chunk's own compressed tokens [B, N_c, dim]."""
+        context.check_fits(x.shape[0], geometry)
+        for block in self.blocks:
+            processor = block.attn1.processor
+            if not isinstance(processor, CausalWanAttnProcessor):
+                raise ValueError(f"attention processor {type(processor).__name__} cannot read a chunk's history: "
+                                 "set CausalWanAttnProcessor or a subclass of it")  # fmt: skip
+        mid_tokens = new_mid = None
+        if train_compressor and context.uses_compressor:
+            mid_tokens = self._compress_archived(context)
+        if clean is not None and context.will_be_compressed and context.uses_compressor:
+            new_mid = self.pack_compressor(clean)
+        return context.query_rotation(x.device), mid_tokens, new_mid
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """timestep [B, G] -> temb [B, G, dim] and modulation [B, G, 6, dim]."""

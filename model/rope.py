@@ -34,6 +34,10 @@ class Rotation:
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
         self.cos, self.sin = cos, sin
 
+    def __iter__(self):
+        """cos and sin [B or 1, L, 1, D] with each value given twice: the table that `WanAttnProcessor` unpacks."""
+        return (x.repeat_interleave(2, dim=-1) for x in (self.cos, self.sin))
+
     @cached_property
     def phase(self) -> torch.Tensor:
         """exp(i * angle), complex64."""

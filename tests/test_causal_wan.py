@@ -190,9 +190,10 @@ def test_tuple_output():
     model = toy_model()
     context = toy_cache(model, toy_config(sink=0)).context()
     inputs = (toy_chunk(0), torch.zeros(1), toy_prompt())
-    sample, kv = model(*inputs, return_dict=False, context=context)
+    (sample,) = model(*inputs, return_dict=False, context=context)
     output = model(*inputs, context=context)
     assert torch.equal(sample, output.sample) and torch.equal(sample, output[0])
+    kv = output.kv
     assert len(kv.layers) == len(model.blocks) and torch.equal(kv.latents, inputs[0])
     layer = kv.layers[0]
     assert layer.key.shape == layer.value.shape == layer.query.shape == (1, 72, 4, 12)

@@ -6,8 +6,8 @@ from diffusers import WanTransformer3DModel
 from tiny import vae as tiny_vae
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from model.attention import matmul_attention, prepare_for_cpu
 from model.causal_wan import CausalWanModel
-from model.matmul_attention import matmul_attention, prepare_for_cpu
 from pipeline.text import encode_text
 from pipeline.train.flow import ARDiffusionStage, TeacherStage
 from pipeline.train.stage_parts import swapped_in

@@ -14,9 +14,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
-from model.matmul_attention import prepare_for_cpu
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.rollout import Prompts, prompt_noise

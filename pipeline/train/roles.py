@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
+from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
-from model.matmul_attention import prepare_for_cpu
 from model.weights import cast_weights
 from pipeline.bundle import load_transformer, read_json, transformer_settings
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder
