@@ -1,8 +1,5 @@
 """The readers against ground truth: raw renders, degraded ones, and videos that go wrong in known ways."""
 
-import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +16,10 @@ from utils.sprites.world import (
     CaptionFacts,
     SpriteSpec,
     background_image,
-    caption,
     draw_sprite,
     render,
     sample_spec,
 )
-from utils.video import VideoWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR = 0.99
@@ -151,60 +146,3 @@ def test_frames_that_cannot_be_read_are_refused():
         read_seconds(render(sample_spec(0, 2), 8), FPS)
     with pytest.raises(ValueError, match="uint8"):
         read_seconds(np.zeros((16, 64, 96, 3), np.float32), FPS)
-
-
-def evaluate(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "scripts.evaluate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def write_video(folder: Path, name: str, spec: SpriteSpec, seconds: int) -> Path:
-    path = folder / f"{name}.mp4"
-    with VideoWriter(path, FPS, 64, 96) as writer:
-        writer.append(render(spec, seconds * FPS))
-    path.with_suffix(".json").write_text(json.dumps({"prompt": caption(spec), "fps": FPS}))
-    return path
-
-
-def test_evaluate_reads_a_folder_of_videos(tmp_path):
-    spec = sample_spec(0, HELD_OUT_START)
-    write_video(tmp_path, "000", replace(spec, say_colour=False), 5)
-    path = write_video(tmp_path, "001", replace(spec, say_colour=True), 5)
-    wrong = "a red circle bounces over a white stripes"
-    path.with_suffix(".json").write_text(json.dumps({"prompt": wrong, "fps": FPS}))
-    done = evaluate(str(tmp_path), "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["videos"] == 2 and set(result["windows"]) == {"0-5 s"}
-    first = result["per_video"]["000.mp4"]["0-5 s"]
-    assert first["left_out"] == {"colour": 1.0}
-    assert set(first["captioned"].values()) == {1.0} and "colour" not in first["captioned"]
-    second = result["per_video"]["001.mp4"]["0-5 s"]["captioned"]
-    expected = {"shape": "circle", "motion": "bounces", "background": "white", "pattern": "stripes"}
-    assert {name: second[name] == 1.0 for name in expected} == {n: getattr(spec, n) == v for n, v in expected.items()}
-
-
-@pytest.mark.parametrize(
-    ("sidecar", "word"),
-    [
-        (None, "000.json"),
-        ("{", "not valid JSON"),
-        ('{"prompt": "a red circle bounces over a blue plain"}', "fps"),
-        ('{"prompt": "a purple circle bounces over a blue plain", "fps": 16}', "purple"),
-        ('{"prompt": "", "fps": 0}', "positive"),
-    ],
-)
-def test_evaluate_refuses_bad_input_in_one_line(tmp_path, sidecar, word):
-    path = write_video(tmp_path, "000", sample_spec(0, HELD_OUT_START), 1)
-    path.with_suffix(".json").unlink()
-    if sidecar is not None:
-        path.with_suffix(".json").write_text(sidecar)
-    done = evaluate(str(path))
-    assert done.returncode == 2
-    assert word in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_evaluate_names_what_is_missing(tmp_path):
-    for path, word in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no finished .mp4")):
-        done = evaluate(str(path))
-        assert done.returncode == 2 and word in done.stderr

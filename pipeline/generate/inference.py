@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from pipeline.bundle import (
     transformer_source,
 )
 from pipeline.generate.jobs import Job, resolved
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.text import encode_text
@@ -133,6 +135,18 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
     if config.inference.compile:
         model.compile_repeated_blocks(dynamic=True)  # the history grows over the first chunks
     return model
+
+
+def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
+    """The pipeline of a config: its bundle, with the checkpoint and the settings that it names."""
+    if config.inference.threads is not None:
+        torch.set_num_threads(config.inference.threads)
+    model = load_model(config, runtime)  # first: a wrong checkpoint shows before the text encoder is loaded
+    tokenizer, text_encoder = load_text_encoder(config, runtime.device, runtime.dtype)
+    vae = load_vae(config, runtime.device, runtime.dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampler.shift)
+    settings = {name: resolved(config)[name] for name in ("cache", "sampler", "video")}
+    return PackForcingPipeline(tokenizer, text_encoder, vae, scheduler, model, **settings)
 
 
 class Generator:
