@@ -126,7 +126,8 @@ class CausalWanBlock(WanTransformerBlock):
     ) -> torch.Tensor:
         """hidden_states [B, L, dim], temb [B, G, 6, dim] -> [B, L, dim]; G timestep groups share the L tokens evenly.
 
-        `encoder_hidden_states` [B, text_len, dim] may be None where `memory` holds the prompts' K, V.
+        `encoder_hidden_states` [B, text_len, dim], or of G equal parts of L [B, G, text_len, dim], may be None where
+        `memory` holds the prompts' K, V.
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
         groups = temb.shape[1]
@@ -144,7 +145,10 @@ class CausalWanBlock(WanTransformerBlock):
         hidden_states = residual(hidden_states, self.attn1(x, None, mask, rotary_emb, **memory), gate)
 
         x = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(x, encoder_hidden_states, None, None, **memory)
+        text, parts = encoder_hidden_states, x
+        if text is not None and text.ndim == 4:  # one text for each of G equal parts of the tokens
+            parts, text = x.unflatten(1, (text.shape[1], -1)).flatten(0, 1), text.flatten(0, 1)  # [B * G, L / G, dim]
+        hidden_states = hidden_states + self.attn2(parts, text, None, None, **memory).reshape(x.shape)
 
         x = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift)
         return residual(hidden_states, self.ffn(x), ffn_gate)

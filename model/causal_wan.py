@@ -133,7 +133,8 @@ class CausalWanModel(WanTransformer3DModel):
         Args:
             hidden_states: noisy latents [B, C, F, H, W]; F is one chunk with `context`, else a multiple of the chunk.
             timestep: [B], or [B, F] per frame, in 0..1000.
-            encoder_hidden_states: prompt embeddings [B, <= text_len, text_dim].
+            encoder_hidden_states: prompt embeddings [B, <= text_len, text_dim]; without a context also one of every
+                chunk [B, chunks, <= text_len, text_dim].
             context: `ChunkContext` of the chunk, from `PackCache.context()`; use (a).
             clean_hidden_states: clean latents [B, C, F, H, W]. Without a context: use (b), teacher forcing. With one:
                 what the compressor sees, where that differs from `hidden_states`.
@@ -174,7 +175,11 @@ class CausalWanModel(WanTransformer3DModel):
 
         x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
         temb, modulation = self._embed_time(timestep, x.dtype)  # [B, G, dim], [B, G, 6, dim]
-        text = self._embed_text(encoder_hidden_states, text_kv)  # [B, text_len, dim] or None
+        if encoder_hidden_states.ndim == 4:
+            text_kv = None  # it remembers one prompt a video
+        text = self._embed_text(encoder_hidden_states, text_kv)  # [B, (chunks,) text_len, dim] or None
+        if text is not None and text.ndim == 4 and teacher_forcing:
+            text = text.repeat(1, 2, 1, 1)  # the clean chunks, and the noisy ones
         if context is None:
             rotation = self._clip_rotation(geometry, frames, teacher_forcing, x.device)
             make_mask = clip_mask.__wrapped__ if torch.compiler.is_compiling() else clip_mask  # dynamo sees no memo
@@ -233,15 +238,15 @@ class CausalWanModel(WanTransformer3DModel):
         return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
 
     def _embed_text(self, prompt_embeds: torch.Tensor, text_kv: TextKV | None) -> torch.Tensor | None:
-        """[B, n, text_dim], n <= text_len -> [B, text_len, dim]; None where every layer has its K, V already."""
+        """[B, ..., n, text_dim], n <= text_len -> [B, ..., text_len, dim]; None where every layer has its K, V."""
         if text_kv is not None and len(self.blocks) - 1 in text_kv:
             return None
-        missing = self.config.text_len - prompt_embeds.shape[1]
+        missing = self.config.text_len - prompt_embeds.shape[-2]
         if missing < 0:
             raise ValueError(
-                f"prompt embeddings have {prompt_embeds.shape[1]} tokens: text_len is {self.config.text_len}"
+                f"prompt embeddings have {prompt_embeds.shape[-2]} tokens: text_len is {self.config.text_len}"
             )
-        padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, text_len, text_dim]
+        padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, ..., text_len, text_dim]
         return self.condition_embedder.text_embedder(padded)
 
     def _compress_archived(self, context) -> MidTokens | None:

@@ -44,7 +44,7 @@ def forced(model, noisy, sigma, stage, prompt, clean):
 def loss_by_hand(stage, batch, step, index, place):
     point = int(torch.randint(GRID, (), generator=keyed_generator(SEED, "grid", step, index)))
     here, following = sigma_of(1 - point / GRID), sigma_of(1 - (point + 1) / GRID)
-    clean, prompt = batch["latents"][place : place + 1], batch["captions"][place]
+    clean, prompt = batch["latents"][place : place + 1], batch["captions"][place][0]
     noise = keyed_randn((CHANNELS, FRAMES, *SIZE), SEED, "noise", step, index)[None]
     noisy = (1 - here) * clean + here * noise
     x0, _ = forced(stage.transformer, noisy, here, stage, prompt, clean)

@@ -230,6 +230,7 @@ class TrainConfig:
     loss_weighting: LossWeighting = LossWeighting.bell
     prompt_dropout: float = 0.0  # share of captions replaced by the negative prompt
     context_noise_timestep: float = 0.0  # noise level of the clean context in teacher forcing, 0..1000
+    through_cache: bool = False  # ar_diffusion: teacher forcing through `cache`, chunk by chunk, not under a block mask
     tracker: str | None = None  # null | wandb | tensorboard
     project: str = "packforcing"
     threads: int | None = None

@@ -139,7 +139,7 @@ class Rollout:
         if self.grad_step is not None:
             options = {"stop": self.grad_step, "train": index >= self.grad_from}
         return SAMPLERS[self.sampler.kind](
-            lambda latents, timestep, train: self._flow(latents, timestep, context, train),
+            lambda latents, timestep, train: self.flow(latents, timestep, context, train),
             lambda step: self._draw(index, step),
             self.sampler,
             self.schedule,
@@ -147,39 +147,51 @@ class Rollout:
             **options,
         )
 
-    def commit(self, latents: torch.Tensor, context: ChunkContext | None = None) -> None:
+    def commit(
+        self, latents: torch.Tensor, context: ChunkContext | None = None, timestep: torch.Tensor | None = None
+    ) -> None:
         """Make clean latents [B, C, F, H, W] the next chunk of the history: one forward at the context timestep.
 
-        With latents from elsewhere (a given video, a training clip) the rollout goes on from them.
+        With latents from elsewhere (a given video, a training clip) the rollout goes on from them. `timestep` [B]: in
+        place of `sampler.context_timestep`.
         """
         index, context = self.cache.num_chunks, context or self.cache.context()
-        timestep, noisy = self.sampler.context_timestep, latents
-        if timestep > 0:
-            step = torch.full((self.batch,), timestep, device=self.device)
-            noisy = self.schedule.add_noise(latents, self._draw(index, -1), step)
+        noisy = latents
+        if timestep is not None or self.sampler.context_timestep > 0:
+            timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
+            noisy = self.schedule.add_noise(latents, self._draw(index, -1), timestep)
         clean = torch.cat([latents] * self.branches).to(self.model.dtype)
-        out = self._forward(noisy, timestep, context, clean_hidden_states=clean)
+        out = self._forward(noisy, 0.0 if timestep is None else timestep, context, clean_hidden_states=clean)
         self.cache.commit(out.kv, context)
+
+    def _per_video(self, timestep: float | torch.Tensor) -> torch.Tensor:
+        """[B], float32."""
+        if isinstance(timestep, torch.Tensor):
+            return timestep.to(self.device, torch.float32)
+        return torch.full((self.batch,), timestep, dtype=torch.float32, device=self.device)
 
     def _draw(self, chunk: int, step: int) -> torch.Tensor:
         geometry, channels = self.cache.geometry, self.model.config.in_channels
         shape = (channels, geometry.frames, geometry.latent_height, geometry.latent_width)
         return self.noise(chunk, step, shape).to(self.device)
 
-    def _flow(self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False) -> torch.Tensor:
-        """Guided flow [B, C, F, H, W], float32."""
+    def flow(
+        self, latents: torch.Tensor, timestep: float | torch.Tensor, context: ChunkContext, train: bool = False
+    ) -> torch.Tensor:
+        """Guided flow [B, C, F, H, W], float32, of latents of that shape at one timestep, or one a video [B]."""
         flow = self._forward(latents, timestep, context, train=train, return_kv=False).sample.float()
         return flow if self.branches == 1 else guided(*flow.chunk(2), self.sampler.guidance)
 
     def _forward(
-        self, latents: torch.Tensor, timestep: float, context: ChunkContext, train: bool = False, **options
+        self, latents: torch.Tensor, timestep: float | torch.Tensor, context: ChunkContext, train: bool = False,
+        **options,
     ) -> CausalWanOutput:
         """All branches through the DiT; with `train` with gradient, the compressor's included."""
         repeated = torch.cat([latents] * self.branches).to(self.model.dtype)  # [B or 2B, C, F, H, W]
         with nullcontext() if train else torch.no_grad():
             return self.model(
                 repeated,
-                torch.full((len(repeated),), timestep, dtype=torch.float32, device=self.device),
+                self._per_video(timestep).repeat(self.branches),
                 self.embeds,
                 context=context,
                 text_kv=None if train else self.text_kv,  # a memo has no gradient

@@ -68,7 +68,7 @@ class ConsistencyStage(ARDiffusionStage):
         """Mean squared distance of the student's x0 from its target's; logs its distance from the data's too."""
         latents, point = batch["latents"], batch["point"]  # [B, C, F, H, W], [B]
         sigma, following = self.sigmas[point], self.sigmas[point + 1]  # [B] each
-        embeds = self.text.encode(batch["captions"])  # [B, text_len, text_dim]
+        embeds = self.encode(batch["captions"])  # [B, (chunks,) text_len, text_dim]
         clean, level = self._context(batch)
         noisy = (1 - _wide(sigma)) * latents + _wide(sigma) * batch["noise"]  # [B, C, F, H, W]
         x0 = self._x0(self.transformer, noisy, sigma, embeds, clean, level)

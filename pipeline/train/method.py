@@ -1,7 +1,7 @@
 """What a training stage is to the trainer: modules, samples by index, a loss, and how to show and store the result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config import Config, OptimizerConfig
+from utils.config import Config, ConfigError, OptimizerConfig
 from utils.config import Stage as StageName
 from utils.distributed import World
 
@@ -59,6 +59,13 @@ class Stage(ABC):
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean over the batch's samples (float32 scalar with gradient), and numbers to log."""
 
+    def losses(
+        self, role: str, batch: dict[str, Any], step: int
+    ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        """`loss` in parts that add up, logs too. The trainer backpropagates each before it asks for the next, so that
+        memory is that of one part. Ranks that share weights must have equally many."""
+        yield self.loss(role, batch, step)
+
     @abstractmethod
     def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
         """Write videos of the fixed prompts to `folder`, from the EMA where there is one; returns numbers to log.
@@ -74,6 +81,10 @@ class Stage(ABC):
 
 def build_stage(config: Config, device: torch.device, world: World) -> Stage:
     """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
+    if config.train.through_cache and config.train.stage != StageName.ar_diffusion:
+        raise ConfigError(
+            f"setting `train.through_cache`: stage {config.train.stage.value} does not know it; it is for ar_diffusion"
+        )
     module, name = _STAGES[config.train.stage]
     return getattr(import_module(module), name)(config, device, world)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -16,8 +17,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from model.causal_wan import CausalWanModel
 from model.weights import CheckpointError, cast_weights, content_hash
-from pipeline.bundle import load_library_model, vae_shape_of
+from pipeline.bundle import load_library_model, read_json, vae_shape_of
 from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts
 from pipeline.data.text import TextEmbeddings
@@ -151,6 +153,20 @@ class TextConditioning:
             log.warning("%s gets no text encoder and tokenizer: train.text_from does not say where they are", folder)
 
 
+class TrainingClip(NamedTuple):
+    """What a stage learns from one sample.
+
+    Attributes:
+        latents: [C, F, H, W], normalised.
+        captions: one of the clip, or one of every chunk.
+        weights: of every chunk in the sample's loss, 0 to leave it out; None: all alike.
+    """
+
+    latents: torch.Tensor
+    captions: Sequence[str]
+    weights: Sequence[float] | None = None
+
+
 @dataclass
 class LatentData:
     """Cached latents: whole clips, and stills (clips of one frame) for phases of one latent frame."""
@@ -197,8 +213,8 @@ class LatentData:
         """Latent height and width."""
         return self.clips.shape[-2:]
 
-    def sample(self, seed: int, index: int, frames: int) -> tuple[torch.Tensor, str]:
-        """The first `frames` latent frames [C, frames, H, W] of the clip that sample `index` shows, and its caption.
+    def sample(self, seed: int, index: int, frames: int) -> TrainingClip:
+        """The first `frames` latent frames of the clip that sample `index` shows.
 
         A crop starts at latent frame 0, as that one alone stands for a single pixel frame.
         """
@@ -206,7 +222,7 @@ class LatentData:
         if frames > source.frames:
             raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
         clip = source.clip_of(seed, index)
-        return source[clip][:, :frames], source.captions[clip]
+        return TrainingClip(source[clip][:, :frames], [source.captions[clip]])
 
 
 def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
@@ -268,3 +284,20 @@ def load_wan(path: str | None, key: str, dtype: torch.dtype = torch.float32) -> 
         return load_library_model(WanTransformer3DModel, folder, dtype)
     except CheckpointError as error:
         raise ConfigError(f"setting `{key}`: {error}") from error
+
+
+def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
+    """A causal DiT, float32, with the weights of the model in the folder that setting `key` names, bidirectional or
+    causal, and `settings` of its own; a compressor of another shape starts fresh. Raises `ConfigError` as `load_wan`.
+    """
+    folder = need_folder(path, key, "a transformer")
+    if read_json(folder / "config.json").get("_class_name") != CausalWanModel.__name__:
+        return CausalWanModel.from_wan(load_wan(path, key), **settings)
+    try:
+        source = load_library_model(CausalWanModel, folder, torch.float32)
+    except CheckpointError as error:
+        raise ConfigError(f"setting `{key}`: {error}") from error
+    model = CausalWanModel(**{**{k: v for k, v in source.config.items() if not k.startswith("_")}, **settings})
+    own, state = model.state_dict(), source.state_dict()
+    model.load_state_dict({k: state[k] if k in state and state[k].shape == v.shape else v for k, v in own.items()})
+    return model

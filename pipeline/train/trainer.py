@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,12 +219,11 @@ class Trainer:
         for micro in range(micros):
             set_gradient_sync(state.module, micro == micros - 1)
             batch = self.stage.batch(self.step, self.plan.indices(self.step, micro, self.world.rank))
-            with self._autocast(), part("loss"):
-                loss, logs = self.stage.loss(role, batch, self.step)
-            with part("backward"):
-                (loss / micros).backward()
-            for key, value in ({"loss": loss.item()} | logs).items():
-                sums[key] = sums.get(key, 0.0) + value / micros
+            for loss, logs in self._loss_parts(role, batch):
+                with part("backward"):
+                    (loss / micros).backward()
+                for key, value in ({"loss": loss.item()} | logs).items():
+                    sums[key] = sums.get(key, 0.0) + value / micros
         average((g for g in state.gradients() if not isinstance(g, DTensor)), self.world)  # shards are averaged already
         parts = state.gradient_norms()
         norm = state.clip(train.max_grad_norm)
@@ -238,6 +237,16 @@ class Trainer:
         state.zero_grad()
         prefix = "" if len(self.stage.modules) == 1 else f"{role}/"
         return {"loss": logs["loss"]} | {prefix + key: value for key, value in logs.items()}
+
+    def _loss_parts(self, role: str, batch: dict[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        """The stage's, each computed under autocast, which the backward pass between them is not in."""
+        parts = self.stage.losses(role, batch, self.step)
+        while True:
+            with self._autocast(), part("loss"):
+                found = next(parts, None)
+            if found is None:
+                return
+            yield found
 
     def _autocast(self):
         if self.config.train.mixed_precision == "no":
