@@ -10,6 +10,8 @@ import torch
 from tiny import vae as tiny_vae
 from tiny import write_bundle
 
+import inference_packforcing
+import train
 from pipeline.data import shards
 from pipeline.data.clips import LatentClips, write_clips
 from pipeline.data.shards import Shards, ShardWriter, read_notes, shard_path
@@ -22,7 +24,7 @@ from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.world import render, sample_spec
-from utils.video import VideoWriter
+from utils.video import VideoWriter, read_video
 
 CPU, ALONE = torch.device("cpu"), World()
 HEIGHT, WIDTH = 32, 48
@@ -359,3 +361,21 @@ def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):
     ):
         assert prepared(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_from_six_videos_through_a_trained_step_to_a_sample(prepared, bundle, tmp_path):
+    """Own data, by the commands alone."""
+    for index in range(6):
+        write_video(tmp_path / "own" / f"{index}.mp4", clip(index))
+        (tmp_path / "own" / f"{index}.txt").write_text(CAPTION)
+    data = [f"data.text_embeddings={tmp_path / 'text'}"]
+    assert prepared(f"--videos={tmp_path / 'own'}", *data) == 0
+    data += [f"data.path={tmp_path / 'latents'}", f"data.vae={bundle / 'vae'}", f"train.text_from={bundle}"]
+    settings = [f"--config_path={tmp_path / 'config.yaml'}", "train.max_steps=1", "train.batch_size=2"]
+    assert train.main([*settings, f"--logdir={tmp_path / 'run'}", "--no_visualize", *data]) == 0
+    (tmp_path / "prompt.txt").write_text(CAPTION)
+    options = [f"--data_path={tmp_path / 'prompt.txt'}", f"--output_folder={tmp_path / 'out'}", "--seconds=1"]
+    model = [f"model.bundle={tmp_path / 'run' / 'bundle'}", "cache.compressor.kind=identity", "inference.device=cpu"]
+    assert inference_packforcing.main([f"--config_path={tmp_path / 'config.yaml'}", *options, *model]) == 0
+    (sample,) = (tmp_path / "out").glob("*.mp4")
+    assert read_video(sample).shape == (9, HEIGHT, WIDTH, 3)
