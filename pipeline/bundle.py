@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model.causal_wan import CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
+from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
 from utils.config import Config, ConfigError
 
@@ -217,6 +218,20 @@ def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> Autoen
             if isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)
     return vae
+
+
+def load_scheduler(config: Config) -> FlowMatchEulerDiscreteScheduler:
+    """The bundle's schedule, with `sampler.shift` in place of its own where that is set."""
+    if config.sampler.shift is not None:
+        return FlowMatchEulerDiscreteScheduler(shift=config.sampler.shift)
+    return read_scheduler(bundle_folder(config))
+
+
+def read_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The schedule of a folder: its flow shift, by either of diffusers' names; Wan's where it has none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    return FlowMatchEulerDiscreteScheduler(shift=settings.get("shift", settings.get("flow_shift", WAN_SHIFT)))
 
 
 def load_text_encoder(

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-import inference_packforcing
 from inference_packforcing import main
-from pipeline.generate import inference
+from pipeline.data.prompt_files import PromptItem, read_prompt_items
+from pipeline.generate import inference, run
 from pipeline.generate.jobs import plan, slug
+from pipeline.generate.vae_stream import StreamingDecoder
 from tests import tiny
+from utils.config import Config, ConfigError, InferenceConfig
+from utils.lock import locked
 from utils.video import frame_rate, read_video
 
 PROMPTS = ["a red circle bounces over a blue plain", "a green shape circles over a gradient", "blue"]
@@ -120,15 +126,15 @@ def test_checkpoint_and_flags_reach_the_run(arguments, finished, bundle, tmp_pat
 
 class TestRunningAgain:
     def test_skips_what_is_finished_without_loading_a_model(self, arguments, finished, caplog, monkeypatch):
-        monkeypatch.setattr(inference_packforcing, "Generator", None)
+        monkeypatch.setattr(run, "load_pipeline", None)
         caplog.set_level(logging.INFO)
         assert main(arguments(finished, "inference.threads=2")) == 0
         assert "3 of 3 videos are finished already" in caplog.text
 
     def test_makes_what_is_missing(self, arguments, tmp_path, monkeypatch):
         made = []
-        generate = inference.Generator.generate
-        monkeypatch.setattr(inference.Generator, "generate", lambda s, job: made.append(job.index) or generate(s, job))
+        make = run.VideoMaker.make
+        monkeypatch.setattr(run.VideoMaker, "make", lambda s, job, *a: made.append(job.index) or make(s, job, *a))
         assert main(arguments(tmp_path)) == 0
         (tmp_path / f"{SECOND}.json").unlink()  # killed between the video and its description
         (tmp_path / f"{THIRD}.mp4").unlink()
@@ -163,19 +169,19 @@ class TestRunningAgain:
 def test_a_killed_run_leaves_a_playable_partial_video(arguments, tmp_path):
     command = [sys.executable, "inference_packforcing.py", *map(str, arguments(tmp_path, "--seconds", "600"))]
     run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    partial = tmp_path / f"{FIRST}.partial.mp4"
+    partial = tmp_path / f"{FIRST}.{run.pid}.partial.mp4"
     deadline = time.monotonic() + 120
     while not (partial.is_file() and partial.stat().st_size > 20_000):
         assert run.poll() is None and time.monotonic() < deadline, run.stderr.read().decode()
         time.sleep(0.05)
     run.kill()
     assert run.wait() == -signal.SIGKILL
-    assert {path.name for path in tmp_path.iterdir()} == {partial.name}
+    assert {path.name for path in tmp_path.iterdir()} == {partial.name, ".lock"}
     assert len(read_video(partial)) >= 16
 
 
 def test_ctrl_c_keeps_what_there_is(arguments, tmp_path, monkeypatch, capsys):
-    decode = inference.StreamingDecoder.decode
+    decode = StreamingDecoder.decode
     pieces = iter([decode, decode])
 
     def decode_two(self, latents):
@@ -183,11 +189,12 @@ def test_ctrl_c_keeps_what_there_is(arguments, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return step(self, latents)
 
-    monkeypatch.setattr(inference.StreamingDecoder, "decode", decode_two)
+    monkeypatch.setattr(StreamingDecoder, "decode", decode_two)
     assert main(arguments(tmp_path, num_output_frames=8)) == 130
-    assert "run again to go on" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == [f"{FIRST}.partial.mp4"]
-    assert len(read_video(tmp_path / f"{FIRST}.partial.mp4")) == 13
+    assert "run the same command again to go on" in capsys.readouterr().err
+    partial = f"{FIRST}.{os.getpid()}.partial.mp4"
+    assert [path.name for path in tmp_path.iterdir()] == [partial]
+    assert len(read_video(tmp_path / partial)) == 13
 
 
 def test_pixels_are_written_chunk_by_chunk(arguments, tmp_path, monkeypatch):
@@ -204,7 +211,7 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def no_models(self, monkeypatch):
-        monkeypatch.setattr(inference_packforcing, "Generator", None)
+        monkeypatch.setattr(run, "load_pipeline", None)
 
     @pytest.mark.parametrize(
         "more, flags, expected",
@@ -272,5 +279,122 @@ def test_slug(prompt, expected):
 
 
 def test_names_do_not_collide():
-    jobs = plan(["same words", "same  words"], "out", 3)
+    items = [PromptItem("same words"), PromptItem("same  words")]
+    jobs = plan(items, "out", Config(inference=InferenceConfig(num_samples=3)), None)
     assert len({job.video for job in jobs}) == len({job.sidecar for job in jobs}) == 6
+
+
+FILES = {
+    "p.csv": "prompt,seed,seconds,note\n\"one, two\",3,1.5,x\nthree,,,\n",
+    "p.json": json.dumps([{"prompt": "one, two", "seed": 3, "seconds": 1.5, "note": "x"}, "three"]),
+    "p.jsonl": '{"prompt": "one, two", "seed": 3, "seconds": 1.5}\n\n{"prompt": "three"}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompt_files_of_every_kind_say_the_same(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    assert read_prompt_items(tmp_path / name) == [PromptItem("one, two", 3, 1.5), PromptItem("three")]
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("p.csv", b"text\none", "no column `prompt`"),
+        ("p.json", b'{"prompt": "x"}', "holds a dict, expected a list"),
+        ("p.json", b"[1]", "item 1: expected a prompt or an object with one, found int"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"prompt', "line 2: not JSON"),
+        ("p.jsonl", b'{"promt": "x"}', "unknown key `promt`; did you mean `prompt`"),
+        ("p.jsonl", b'{"prompt": 7}', "`prompt` is 7, expected text"),
+        ("p.jsonl", b'{"prompt": "x", "seed": 1.5}', "`seed` is 1.5, expected a whole number"),
+        ("p.jsonl", b'{"prompt": "x", "seconds": "inf"}', "`seconds` is 'inf', expected a number"),
+        ("p.jsonl", b'{"prompt": "x", "negative_prompt": 1}', "`negative_prompt` is 1"),
+        ("p.txt", "a red fox".encode("utf-16"), "is binary or UTF-16"),
+        ("p.txt", b"PK\x03\x04\0\0", "is binary or UTF-16"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read_are_named(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(expected)) as error:
+        read_prompt_items(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_line_sets_seed_length_and_negative_prompt_of_its_video(arguments, finished, tmp_path):
+    rows = [{"prompt": PROMPTS[0], "seed": 0}, {"prompt": PROMPTS[0], "seed": 5, "seconds": 0.3}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    assert main(arguments(out, data_path=tmp_path / "p.json")) == 0
+    name = FIRST.removeprefix("0000")
+    assert (out / f"{FIRST}.mp4").read_bytes() == (finished / f"{FIRST}.mp4").read_bytes()
+    sidecar = json.loads((out / f"0001{name}.json").read_text())
+    assert (sidecar["seed"], sidecar["frames"]) == (5, 5)
+    assert main(arguments(out, data_path=tmp_path / "p.json")) == 0
+
+
+def test_prompts_on_the_command_line(arguments, finished, tmp_path):
+    assert main(arguments(tmp_path, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], data_path=None)) == 0
+    for name in (FIRST, SECOND):
+        assert (tmp_path / f"{name}.mp4").read_bytes() == (finished / f"{name}.mp4").read_bytes()
+
+
+def test_one_failed_video_does_not_stop_the_others(arguments, finished, tmp_path, caplog):
+    (tmp_path / f"{SECOND}.mp4").mkdir()
+    assert main(arguments(tmp_path)) == 1
+    assert f"1 of 3 videos failed: {SECOND}.mp4: " in caplog.text and "is a folder" in caplog.text
+    (tmp_path / f"{SECOND}.mp4").rmdir()
+    assert main(arguments(tmp_path)) == 0
+    for name in (FIRST, SECOND, THIRD):
+        assert (tmp_path / f"{name}.mp4").read_bytes() == (finished / f"{name}.mp4").read_bytes()
+
+
+def test_a_video_that_is_not_finite_is_not_finished(arguments, bundle, tmp_path, caplog):
+    shutil.copytree(bundle, tmp_path / "broken")
+    path = tmp_path / "broken" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({name: value * float("nan") for name, value in weights.items()}, path, metadata={"format": "pt"})
+    assert main(arguments(tmp_path / "out", f"model.bundle={tmp_path / 'broken'}")) == 1
+    assert "chunk 0: its pixels are NaN or infinite; the likely part is the VAE" in caplog.text
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_two_runs_on_one_folder_do_not_mix(arguments, tmp_path, capsys):
+    with locked(tmp_path, "output folder"):
+        fails(capsys, arguments(tmp_path), f"output folder {tmp_path} is in use by process {os.getpid()}")
+    (tmp_path / ".lock").write_text("process 1 on nowhere")  # left by a process that was killed
+    assert main(arguments(tmp_path)) == 0
+
+
+def test_ranks_share_the_prompts_and_make_the_same_videos(arguments, finished, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "inference_packforcing.py", *map(str, arguments(tmp_path))]  # fmt: skip
+    (tmp_path / f"{THIRD}.mp4").mkdir()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "1 of 3 videos failed" in done.stderr
+    (tmp_path / f"{THIRD}.mp4").rmdir()
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=200)
+    for name in (FIRST, SECOND, THIRD):
+        assert (tmp_path / f"{name}.mp4").read_bytes() == (finished / f"{name}.mp4").read_bytes()
+    assert not list(tmp_path.glob("*.partial.mp4"))
+
+
+def test_terminated_it_ends_cleanly(arguments, tmp_path):
+    command = [sys.executable, "inference_packforcing.py", *map(str, arguments(tmp_path, "--seconds", "600"))]
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.partial.mp4")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    run.terminate()
+    assert run.wait(timeout=60) == 143 and b"run the same command again to go on" in run.stderr.read()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_config_typo_is_answered_before_heavy_imports(arguments, tmp_path):
+    script = f"""
+import sys
+from inference_packforcing import main
+assert main({list(map(str, arguments(tmp_path, "cache.topk=1")))!r}) == 2
+assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

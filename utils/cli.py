@@ -9,13 +9,23 @@ permission); an error's own `exit_status` where it has one; 128 + n after signal
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import yaml
 
 USAGE_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leaves like Ctrl-C, by way of every `finally`."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -25,11 +35,13 @@ def run_command(command: Callable[[], int | None]) -> int:
     `exit_status`. Everything else is a bug and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with suppress(ValueError):  # signals can be handled in the main thread only
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return command() or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except Exception as error:
         status = getattr(error, "exit_status", USAGE_ERROR if isinstance(error, (OSError, yaml.YAMLError)) else None)
         if status is None:

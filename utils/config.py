@@ -109,6 +109,7 @@ class ModelConfig:
     bundle: str | None = None  # diffusers-style folder: transformer, vae, text_encoder, tokenizer, scheduler
     checkpoint: str | None = None  # overrides the bundle's transformer: folder, .safetensors or .pt
     use_ema: bool = False
+    lora: list[str] = field(default_factory=list)  # files, each PATH or PATH:SCALE, in any layout of Wan LoRAs
     random_init: bool = False  # benchmarks and fresh training: the shape below, random weights
     num_layers: int = 30
     num_attention_heads: int = 12
@@ -167,7 +168,7 @@ class SamplerConfig:
 
 @dataclass
 class InferenceConfig:
-    data_path: str | None = None  # one prompt per line
+    data_path: str | None = None  # prompts: text (one per line), .csv, .json or .jsonl
     output_folder: str | None = None
     num_output_frames: int = 21  # latent frames
     num_samples: int = 1  # videos per prompt

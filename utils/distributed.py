@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,10 @@ class World:
         return self.rank == 0
 
 
-def join_world(device: torch.device) -> World:
+def join_world(device: torch.device, timeout: timedelta | None = None) -> World:
     """Join the process group that torchrun describes; on CUDA every rank takes the GPU of its local rank.
+
+    `timeout`: how long a rank may wait for another; None: torch's default.
 
     Raises `ConfigError` where torchrun's variables are incomplete, or ranks outnumber this machine's GPUs.
     """
@@ -46,7 +49,7 @@ def join_world(device: torch.device) -> World:
         torch.cuda.set_device(local_rank)
     if world.size > 1 and not dist.is_initialized():
         # gloo beside NCCL: numbers to log, checkpoints and object messages are on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return world
 
 
@@ -88,6 +91,15 @@ def from_main(item: object, world: World) -> object:
     items = [item]
     dist.broadcast_object_list(items)
     return items[0]
+
+
+def from_all(item: object, world: World) -> list:
+    """Every rank's `item`, on every rank."""
+    if world.size == 1:
+        return [item]
+    items = [None] * world.size
+    dist.all_gather_object(items, item)
+    return items
 
 
 def barrier(world: World) -> None:

@@ -1,9 +1,11 @@
 """H.264 mp4 files, written as the frames come and read back frame by frame.
 
-While a video grows it is called `NAME.partial.mp4` and stored in fragments of one second, so what a killed run leaves
-behind plays. On closing it becomes an ordinary mp4 (index, duration) and gets its final name in one step.
+While a video grows it is called `NAME.PROCESS.partial.mp4` and stored in fragments of one second, so what a killed run
+leaves behind plays. On closing it becomes an ordinary mp4 (index, duration) and gets its final name in one step.
 """
 
+import glob
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -46,7 +48,7 @@ class VideoWriter:
             raise ValueError(f"video {self.path}: the name must end in .mp4")
         if height % 2 or width % 2:
             raise ValueError(f"video size {height}x{width}: yuv420p needs even numbers")
-        self.partial = self.path.with_suffix(PARTIAL_SUFFIX)
+        self.partial = self.path.with_suffix(f".{os.getpid()}{PARTIAL_SUFFIX}")
         self.frames = 0
         self._size = (height, width, 3)
         # hybrid_fragmented: fragments until the end, then one index over all of them.
@@ -78,9 +80,11 @@ class VideoWriter:
         self.frames += len(frames)
 
     def close(self) -> None:
-        """Write what the encoder still holds, and give the file its final name."""
+        """Write what the encoder still holds, give the file its final name, remove what killed processes left of it."""
         self._finish()
         self.partial.replace(self.path)
+        for left in self.path.parent.glob(f"{glob.escape(self.path.stem)}.*{PARTIAL_SUFFIX}"):
+            left.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if self.frames:

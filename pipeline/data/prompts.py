@@ -3,23 +3,14 @@
 from pathlib import Path
 
 from pipeline.data.clips import LatentClips
+from pipeline.data.prompt_files import read_prompt_items
 from utils.config import Config, ConfigError
 from utils.sprites.world import HELD_OUT_START, caption, sample_spec
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; blank lines are skipped. Raises `ConfigError` where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"prompt file {path} does not exist; it holds one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt file {path}: not readable as UTF-8 text ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(f"prompt file {path} is empty; it holds one prompt per line")
-    return prompts
+    """The prompts of a file, without what its lines may set (`pipeline/data/prompt_files.py`). Raises `ConfigError`."""
+    return [item.prompt for item in read_prompt_items(path)]
 
 
 def sample_prompts(config: Config) -> list[str]:

@@ -1,20 +1,20 @@
-"""Prompt -> rollout -> streamed VAE decode -> mp4 and its description.
+"""A run of the command line: models loaded once, then prompt -> stream of chunks -> mp4 and its description.
 
 Every video is generated alone and its noise depends on nothing but (seed, prompt, sample), so it does not matter which
-other prompts a run holds, nor in which order. Chunks are decoded and encoded as they come: memory does not grow.
+other prompts a run holds, in which order, or on how many ranks. Chunks are encoded as they come: memory does not grow.
 """
 
 import json
 import logging
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from av.error import FFmpegError
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from model.weights import content_hash
 from pipeline.bundle import (
     VAEShape,
     bundle_folder,
+    load_scheduler,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -34,12 +35,10 @@ from pipeline.bundle import (
     transformer_source,
 )
 from pipeline.generate.jobs import Job, resolved
-from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
-from pipeline.generate.vae_stream import StreamingDecoder
-from pipeline.text import encode_text
+from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.generate.rollout import prompt_noise
 from utils.config import Config, ConfigError
-from utils.video import VideoWriter, to_uint8
+from utils.video import VideoWriter
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,8 @@ def resolve_runtime(config: Config) -> Runtime:
         raise ConfigError(f"setting `inference.device` is {name}: no CUDA device is available; use cpu or auto")
     dtype = settings.dtype
     if dtype == "auto":
-        native = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        can = torch.cpu.get_capabilities()
+        native = device.type != "cpu" or can.get("amx_bf16", False) or can.get("avx512_bf16", False)
         dtype = "bfloat16" if native else "float32"
     if dtype not in _DTYPES:
         raise ConfigError(f"setting `inference.dtype` is {dtype}: expected auto, {', '.join(_DTYPES)}")
@@ -83,8 +83,8 @@ def resolve_runtime(config: Config) -> Runtime:
     return Runtime(device, _DTYPES[dtype])
 
 
-def make_cache(config: Config, vae: VAEShape) -> PackCache:
-    """The history, one for all videos of a run. Raises `ConfigError` where its settings do not fit chunk or size."""
+def check_cache(config: Config, vae: VAEShape) -> None:
+    """Raise `ConfigError` where the cache's settings do not fit chunk or size; loads nothing."""
     settings = transformer_settings(config)
     try:
         geometry = ChunkGeometry(
@@ -92,36 +92,34 @@ def make_cache(config: Config, vae: VAEShape) -> PackCache:
             config.video.height // vae.spatial_stride,
             config.video.width // vae.spatial_stride,
         )
-        return PackCache(config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
+        PackCache(config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def weight_hashes(config: Config) -> dict[str, str]:
     """SHA-256 of the weights a video depends on (the text encoder's, many times larger, are left to the path)."""
-    vae = content_hash(bundle_folder(config) / "vae")
+    hashes = {"vae": content_hash(bundle_folder(config) / "vae")}
+    for number, (path, scale) in enumerate(loras(config)):
+        hashes[f"lora{number}"] = f"{content_hash(path)} x {scale:g}"
     if config.model.random_init:
-        return {"transformer": f"random, seed {config.seed}", "vae": vae}
-    return {"transformer": content_hash(transformer_source(config)), "vae": vae}
+        return hashes | {"transformer": f"random, seed {config.seed}"}
+    return hashes | {"transformer": content_hash(transformer_source(config))}
 
 
-@torch.no_grad()
-def encode_prompts(config: Config, prompts: list[str], runtime: Runtime) -> dict[str, torch.Tensor]:
-    """Embeddings [1, n, text_dim] of every prompt, on the CPU; the text encoder is loaded for this and freed again.
-
-    One prompt at a time: in a batch the numbers, and so the video, would depend on the other prompts. The zero padding
-    is left off; the model puts it back.
-    """
-    text_len = transformer_settings(config)["text_len"]
-    tokenizer, text_encoder = load_text_encoder(config, runtime.device, runtime.dtype)
-    embeddings = {}
-    for prompt in dict.fromkeys(prompts):
-        tokens = len(tokenizer(prompt).input_ids)
-        if tokens > text_len:
-            log.warning("prompt `%s...` has %d tokens: the model reads the first %d", prompt[:40], tokens, text_len)
-        padded = encode_text(tokenizer, text_encoder, [prompt], text_len)  # [1, text_len, text_dim]
-        embeddings[prompt] = padded[:, : max(1, min(tokens, text_len))].cpu().clone()
-    return embeddings
+def loras(config: Config) -> list[tuple[Path, float]]:
+    """(file, scale) of each entry of `model.lora`. Raises `ConfigError` for a file that is not there."""
+    found = []
+    for entry in config.model.lora:
+        path, colon, scale = entry.rpartition(":")
+        try:
+            file, factor = (Path(path), float(scale)) if colon else (Path(entry), 1.0)
+        except ValueError:  # the colon belongs to the path
+            file, factor = Path(entry), 1.0
+        if not file.exists():
+            raise ConfigError(f"setting `model.lora` is {entry}: there is no file {file}; expected PATH or PATH:SCALE")
+        found.append((file, factor))
+    return found
 
 
 def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
@@ -138,67 +136,87 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
 
 
 def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
-    """The pipeline of a config: its bundle, with the checkpoint and the settings that it names."""
+    """The pipeline that a config describes; the transformer first, so that a wrong checkpoint shows before the text
+    encoder is loaded. Raises `ConfigError`."""
     if config.inference.threads is not None:
         torch.set_num_threads(config.inference.threads)
-    model = load_model(config, runtime)  # first: a wrong checkpoint shows before the text encoder is loaded
+    log.info("loading the models of %s", config.model.bundle)
+    transformer = load_model(config, runtime)
     tokenizer, text_encoder = load_text_encoder(config, runtime.device, runtime.dtype)
     vae = load_vae(config, runtime.device, runtime.dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=config.sampler.shift)
-    settings = {name: resolved(config)[name] for name in ("cache", "sampler", "video")}
-    return PackForcingPipeline(tokenizer, text_encoder, vae, scheduler, model, **settings)
+    pipe = PackForcingPipeline(
+        tokenizer,
+        text_encoder,
+        vae,
+        load_scheduler(config),
+        transformer,
+        **{name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")},
+    )
+    for number, (path, scale) in enumerate(loras(config)):
+        pipe.load_lora_weights(path, adapter_name=f"lora{number}")
+        pipe.fuse_lora(adapter_names=[f"lora{number}"], lora_scale=scale)
+    if config.model.lora:
+        pipe.unload_lora_weights()  # what was fused stays
+    return pipe
 
 
-class Generator:
-    """Turns jobs into files. Loads all models; the checks that need none belong before it."""
+class VideoMaker:
+    """Turns jobs into files. Prompts are encoded first, then the text encoder is let go."""
 
-    def __init__(
-        self, config: Config, runtime: Runtime, prompts: list[str], weights: dict[str, str], cache: PackCache
-    ):
-        self.config, self.runtime, self.weights, self.cache = config, runtime, weights, cache
-        if config.inference.threads is not None:
-            torch.set_num_threads(config.inference.threads)
-        guided = config.sampler.guidance != 1
-        negative = config.sampler.negative_prompt
-        # The transformer first: a wrong checkpoint shows before the text encoder is loaded.
-        self.model = load_model(config, runtime)
-        self.embeddings = encode_prompts(config, [*prompts, negative] if guided else prompts, runtime)
-        self.negative = self.embeddings[negative] if guided else None
-        self.vae = load_vae(config, runtime.device, runtime.dtype)
+    def __init__(self, pipe: PackForcingPipeline, jobs: list[Job], weights: dict[str, str], runtime: Runtime):
+        self.pipe, self.weights, self.runtime = pipe, weights, runtime
+        prompts = [job.prompt for job in jobs]
+        prompts += [job.config.sampler.negative_prompt for job in jobs if job.config.sampler.guidance != 1]
+        self.embeddings = {prompt: pipe.encode_prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        pipe.register_modules(text_encoder=None)
 
-    def generate(self, job: Job) -> dict[str, Any]:
+    def make_all(self, jobs: list[Job], show_progress: bool = True) -> dict[str, str]:
+        """Make every video; one that fails does not stop the others. Returns reasons by the names of failed videos."""
+        failed = {}
+        for job in jobs:
+            try:
+                content = self.make(job, show_progress)
+            except (ConfigError, NotFiniteError, OSError, FFmpegError) as error:
+                failed[job.video.name] = " ".join(str(error).split())
+                log.error("%s failed: %s", job.video, failed[job.video.name])
+                continue
+            speed = content["timing"]["frames_per_second"]
+            log.info("%s: %d frames, %.1f frames/s", job.video, content["frames"], speed)
+        return failed
+
+    def make(self, job: Job, show_progress: bool = True) -> dict[str, Any]:
         """Write the job's video and, when it is complete, its sidecar; returns the sidecar's content."""
-        config, video, device = self.config, self.config.video, self.runtime.device
-        self.cache.reset()
-        rollout = Rollout(
-            self.model,
-            self.cache,
-            config.sampler,
-            Prompts(*(None if x is None else x.to(device) for x in (self.embeddings[job.prompt], self.negative))),
-            prompt_noise(config.seed, [job.prompt], [job.sample]),
-        )
-        decoder = StreamingDecoder(self.vae)
-        num_chunks = config.inference.num_output_frames // video.frames_per_chunk
-        start = time.perf_counter()
+        if job.video.is_dir():
+            raise ConfigError(f"{job.video} is a folder: remove it or choose another output folder")
+        config, video = job.config, job.config.video
+        guided = config.sampler.guidance != 1
+        start, report, chunks = time.perf_counter(), {}, 0
+        frames = self.pipe.vae_shape.frames(config.inference.num_output_frames)
         with (
             VideoWriter(job.video, video.fps, video.height, video.width) as writer,
-            tqdm(total=num_chunks, desc=job.video.stem[:32], unit="chunk", dynamic_ncols=True) as progress,
-        ):
-            for _, latents in rollout.run(num_chunks):
-                pixels = decoder.decode(latents)  # [1, 3, F, H, W]
-                writer.append(to_uint8(pixels[0]))
-                progress.set_postfix_str(
-                    f"{writer.frames / (time.perf_counter() - start):.1f} frames/s, {describe_cache(self.cache)}",
-                    refresh=False,
-                )
+            tqdm(
+                total=self.pipe.num_chunks(frames), desc=job.video.stem[:32], unit="chunk", dynamic_ncols=True,
+                disable=not show_progress,
+            ) as progress,
+        ):  # fmt: skip
+            for chunk in self.pipe.stream(
+                prompt_embeds=self.embeddings[job.prompt],
+                negative_prompt_embeds=self.embeddings[config.sampler.negative_prompt] if guided else None,
+                noise=prompt_noise(config.seed, [job.prompt], [job.sample]),
+                num_frames=frames,
+                output_type="uint8",
+            ):
+                writer.append(chunk.frames[0])
+                report, chunks = chunk.report, chunks + 1
+                speed = writer.frames / (time.perf_counter() - start)
+                progress.set_postfix_str(f"{speed:.1f} frames/s, {describe_cache(report)}", refresh=False)
                 progress.update()
-        seconds = time.perf_counter() - start
-        content = self._describe(job, writer.frames, seconds)
+        content = self._describe(job, writer.frames, chunks, report, time.perf_counter() - start)
         _write_json(job.sidecar, content)
         return content
 
-    def _describe(self, job: Job, frames: int, seconds: float) -> dict[str, Any]:
-        config = self.config
+    def _describe(self, job: Job, frames: int, chunks: int, report: dict, seconds: float) -> dict[str, Any]:
+        config = job.config
         return {
             "prompt": job.prompt,
             "index": job.index,
@@ -208,12 +226,12 @@ class Generator:
             "fps": config.video.fps,
             "frames": frames,
             "latent_frames": config.inference.num_output_frames,
-            "chunks": self.cache.num_chunks,
+            "chunks": chunks,
             "height": config.video.height,
             "width": config.video.width,
             "checkpoint": None if config.model.random_init else str(transformer_source(config)),
             "weights": self.weights,
-            "cache": self.cache.report(),
+            "cache": report,
             "timing": {"seconds": round(seconds, 3), "frames_per_second": round(frames / seconds, 3)},
             "device": _device_name(self.runtime.device),
             "dtype": str(self.runtime.dtype).removeprefix("torch."),
@@ -222,9 +240,9 @@ class Generator:
         }
 
 
-def describe_cache(cache: PackCache) -> str:
+def describe_cache(report: dict[str, dict[str, int]]) -> str:
     """`27768 tokens, 5.12 GB`: what the next chunk attends."""
-    parts = [cache.report()[name] for name in ("sink", "mid", "recent")]
+    parts = [report[name] for name in ("sink", "mid", "recent")]
     tokens, size = (sum(part[key] for part in parts) for key in ("tokens", "bytes"))
     return f"{tokens} tokens, {size / 1e9:.2f} GB" if size >= 1e8 else f"{tokens} tokens, {size / 1e6:.3g} MB"
 

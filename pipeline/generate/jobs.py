@@ -8,18 +8,20 @@ import json
 import re
 import tempfile
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from pipeline.data.prompt_files import PromptItem
 from utils.config import Config, ConfigError
 
 _SLUG_LENGTH = 60
 # Settings that say where and how fast, not what; weights are compared by content, not by path.
 _NOT_IN_THE_VIDEO = {
-    "model": ("bundle", "checkpoint"),
+    "model": ("bundle", "checkpoint", "lora"),
     "cache": ("archive_device",),
     "inference": (
         "data_path", "output_folder", "num_samples", "device", "attention_backend", "compile", "threads",
@@ -30,12 +32,13 @@ _OTHER_SECTIONS = ("train", "data", "vae", "consistency", "ode", "dmd")
 
 @dataclass(frozen=True)
 class Job:
-    """One video: sample `sample` of line `index` (blank lines not counted) of the prompt file."""
+    """One video: sample `sample` of item `index` (blank lines not counted) of the prompts, under `config`."""
 
     index: int
     prompt: str
     sample: int
     video: Path
+    config: Config
 
     @property
     def sidecar(self) -> Path:
@@ -52,13 +55,29 @@ def slug(prompt: str) -> str:
     return words or "prompt"
 
 
-def plan(prompts: list[str], folder: str | Path, num_samples: int) -> list[Job]:
-    """All videos of a run. Sample 0 has no suffix, so asking for more samples later keeps the first."""
-    return [
-        Job(index, prompt, sample, Path(folder) / f"{index:04d}_{slug(prompt)}{f'_s{sample}' if sample else ''}.mp4")
-        for index, prompt in enumerate(prompts)
-        for sample in range(num_samples)
-    ]
+def plan(items: list[PromptItem], folder: str | Path, config: Config, frames_of: Callable[[float], int]) -> list[Job]:
+    """All videos of a run. Sample 0 has no suffix, so asking for more samples later keeps the first.
+
+    `frames_of`: seconds -> latent frames.
+    """
+    jobs = []
+    for index, item in enumerate(items):
+        own = _own_settings(config, item, frames_of)
+        for sample in range(config.inference.num_samples):
+            name = f"{index:04d}_{slug(item.prompt)}{f'_s{sample}' if sample else ''}.mp4"
+            jobs.append(Job(index, item.prompt, sample, Path(folder) / name, own))
+    return jobs
+
+
+def _own_settings(config: Config, item: PromptItem, frames_of: Callable[[float], int]) -> Config:
+    """The config with what the prompt's own line sets."""
+    sampler, inference = config.sampler, config.inference
+    if item.negative_prompt is not None:
+        sampler = replace(sampler, negative_prompt=item.negative_prompt)
+    if item.seconds is not None:
+        inference = replace(inference, num_output_frames=frames_of(item.seconds))
+    seed = config.seed if item.seed is None else item.seed
+    return replace(config, seed=seed, sampler=sampler, inference=inference)
 
 
 def check_output_folder(folder: str | Path) -> Path:
@@ -92,7 +111,7 @@ def what_was_made(prompt: str, sample: int, config: dict[str, Any], weights: dic
     return flat | {f"weights.{part}": digest for part, digest in weights.items()}
 
 
-def is_finished(job: Job, config: dict[str, Any], weights: dict[str, str]) -> bool:
+def is_finished(job: Job, weights: dict[str, str]) -> bool:
     """Whether the video of `job` is there, made with these settings and weights.
 
     Raises `ConfigError` naming the first difference where it was made with others.
@@ -100,12 +119,12 @@ def is_finished(job: Job, config: dict[str, Any], weights: dict[str, str]) -> bo
     if not (job.video.is_file() and job.sidecar.is_file()):
         return False
     try:
-        stored = json.loads(job.sidecar.read_text())
+        stored = json.loads(job.sidecar.read_text(encoding="utf-8"))
         before = what_was_made(stored["prompt"], stored["sample"], stored["config"], stored["weights"])
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{job.sidecar} is not the description of a video; remove it or choose another "
                           "output folder") from error  # fmt: skip
-    now = what_was_made(job.prompt, job.sample, config, weights)
+    now = what_was_made(job.prompt, job.sample, resolved(job.config), weights)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(

@@ -31,17 +31,18 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import VAEShape
+from pipeline.bundle import VAEShape, read_scheduler
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
 from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, ConfigError, SamplerConfig, VideoConfig
 from utils.load_config import section
+from utils.video import to_uint8
 
 # A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
 UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig(Compressor.identity))
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
 class NotFiniteError(RuntimeError):
@@ -57,7 +58,7 @@ class Chunk:
     Attributes:
         index: number of the chunk.
         frames: its pixel frames, as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"), [B, F, 3, H, W] in 0..1 ("pt"),
-            B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
+            uint8 [B, F, H, W, 3] ("uint8"), B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
         latents: [B, C, F, H, W], normalised, float32.
         report: tokens and bytes of each part of the cache for the next chunk (`PackCache.report`).
     """
@@ -119,7 +120,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 folder, subfolder="transformer", torch_dtype=dtype, compressor="identity"
             )
         if index["scheduler"][1] != FlowMatchEulerDiscreteScheduler.__name__ and options.get("scheduler") is None:
-            options["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=scheduler_shift(folder / "scheduler"))
+            options["scheduler"] = read_scheduler(folder)
         return super().from_pretrained(str(folder), **options)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **options: Any) -> None:
@@ -201,7 +202,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         elif output_type == "latent":
             frames = torch.cat(pieces, dim=2)
         else:
-            frames = np.concatenate(pieces, 1) if output_type == "np" else torch.cat(pieces, 1)
+            frames = torch.cat(pieces, 1) if output_type == "pt" else np.concatenate(pieces, 1)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
@@ -248,7 +249,10 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 self._require_finite(index, pixels, "pixels", rollout)
                 pixels = pixels if wanted is None else pixels[:, :, : wanted - made]
                 made += pixels.shape[2]
-                frames = self.video_processor.postprocess_video(pixels, output_type)
+                if output_type == "uint8":  # as files hold it, rounded once
+                    frames = np.stack([to_uint8(clip) for clip in pixels])
+                else:
+                    frames = self.video_processor.postprocess_video(pixels, output_type)
             yield Chunk(index, frames, latents, rollout.cache.report())
 
     def make_cache(self, height: int, width: int, cache: dict[str, Any] | CacheConfig | None = None) -> PackCache:
@@ -346,13 +350,6 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         else:
             part = f"sampler.guidance={rollout.sampler.guidance}, the dtype or an untrained checkpoint"
         raise NotFiniteError(f"chunk {index}: its {what} are NaN or infinite; the likely part is {part}")
-
-
-def scheduler_shift(folder: Path) -> float:
-    """The flow shift that a scheduler's config says, by either of diffusers' names; 1 where it says none."""
-    path = folder / "scheduler_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return float(settings.get("shift", settings.get("flow_shift", 1.0)))
 
 
 def _given_noise(latents: torch.Tensor, further: NoiseSource) -> NoiseSource:

@@ -1,0 +1,81 @@
+"""All videos of a command line, shared over ranks: checks first, then models, then one video after the other."""
+
+import logging
+import math
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+
+import diffusers
+import transformers
+
+from pipeline.bundle import VAEShape, check_bundle, vae_shape
+from pipeline.data.prompt_files import PromptItem
+from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, loras, resolve_runtime, weight_hashes
+from pipeline.generate.jobs import check_output_folder, is_finished, plan
+from pipeline.generate.sampler import SAMPLERS
+from utils.config import Config, ConfigError
+from utils.distributed import barrier, from_all, join_world, leave_world
+from utils.lock import locked
+
+log = logging.getLogger("inference")
+
+LONGEST = timedelta(days=30)  # that a rank may wait for the videos of another
+SOME_FAILED = 1
+
+
+def latent_frames(seconds: float, config: Config, vae: VAEShape) -> int:
+    """Latent frames of at least `seconds` of video, in whole chunks. Raises `ConfigError`."""
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"--seconds is {seconds}: must be a positive number")
+    chunk, fps = config.video.frames_per_chunk, config.video.fps
+    frames = chunk * math.ceil(vae.latent_frames(math.ceil(seconds * fps)) / chunk)
+    log.info(
+        "--seconds %g: %d chunks, --num_output_frames %d, %d frames at %d fps, %.2f s",
+        seconds, frames // chunk, frames, vae.frames(frames), fps, vae.frames(frames) / fps,
+    )  # fmt: skip
+    return frames
+
+
+def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> int:
+    """Make what is missing; returns the exit status. Raises `ConfigError` for what is found wrong before that."""
+    _quiet_libraries()
+    SAMPLERS[config.sampler.kind]  # an unknown one shows here
+    check_bundle(config)
+    loras(config)
+    vae = vae_shape(config)
+    if seconds is not None:
+        config.inference.num_output_frames = latent_frames(seconds, config, vae)
+    runtime = resolve_runtime(config)
+    check_cache(config, vae)
+    folder = check_output_folder(config.inference.output_folder)
+
+    world = join_world(runtime.device, timeout=LONGEST)
+    try:
+        with locked(folder, "output folder") if world.is_main else nullcontext():
+            barrier(world)  # the others write only once the folder is the first rank's
+            weights = weight_hashes(config)
+            jobs = plan(items, folder, config, lambda length: latent_frames(length, config, vae))
+            waiting = [job for job in jobs if not is_finished(job, weights)]
+            barrier(world)  # every rank has the same list before a video is added
+            if len(waiting) < len(jobs):
+                log.info("%d of %d videos are finished already in %s", len(jobs) - len(waiting), len(jobs), folder)
+            mine, failed = waiting[world.rank :: world.size], {}
+            if mine:
+                maker = VideoMaker(load_pipeline(config, runtime), mine, weights, runtime)
+                failed = maker.make_all(mine, show_progress=world.is_main)
+            failures = {name: why for part in from_all(failed, world) for name, why in part.items()}
+    finally:
+        leave_world(world)
+    if failures and world.is_main:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        log.error("error: %d of %d videos failed: %s; run again to make them", len(failures), len(jobs), listed)
+    return SOME_FAILED if failures else 0
+
+
+def _quiet_libraries() -> None:
+    logging.captureWarnings(True)
+    warnings.formatwarning = lambda message, *_: str(message)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
