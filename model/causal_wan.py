@@ -10,13 +10,16 @@ adds to it is returned, and `pipeline.generate.rollout` alone commits it.
 Shape letters: B batch, C latent channels, F latent frames, H W latent size, L tokens, G timestep groups, D head dim.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin as ModelMixin  # pipelines look for it beside a class of ours to know how to load it
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
@@ -27,6 +30,10 @@ from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
 from model.compressor import HRSpatialCompressor
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation
+
+log = logging.getLogger(__name__)
+
+COMPRESSOR_PREFIX = "pack_compressor."
 
 
 @dataclass
@@ -100,12 +107,7 @@ class CausalWanModel(WanTransformer3DModel):
         self.blocks = nn.ModuleList(
             CausalWanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
         )
-        if compressor == "hr_spatial":
-            self.pack_compressor = HRSpatialCompressor(in_channels, compressor_channels, dim)
-        elif compressor == "identity":
-            self.pack_compressor = None
-        else:
-            raise ValueError(f"compressor is {compressor!r}: expected hr_spatial or identity")
+        self.pack_compressor = self._make_compressor()
 
     def geometry(self, latent_height: int, latent_width: int) -> ChunkGeometry:
         """Shape numbers of this model's chunks at a latent size."""
@@ -273,6 +275,60 @@ class CausalWanModel(WanTransformer3DModel):
         _, patch_h, patch_w = geometry.patch_size
         h, w = geometry.grid
         return rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=frames, h=h, w=w, ph=patch_h, pw=patch_w)
+
+    def _make_compressor(self) -> nn.Module | None:
+        config = self.config
+        if config.compressor == "identity":
+            return None
+        if config.compressor != "hr_spatial":
+            raise ValueError(f"compressor is {config.compressor!r}: expected hr_spatial or identity")
+        dim = config.num_attention_heads * config.attention_head_dim
+        return HRSpatialCompressor(config.in_channels, config.compressor_channels, dim)
+
+    def fresh_compressor(self, source: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Newly initialised parameters of the compressor, by their names in the model; the same for the same seed.
+
+        For weights at `source` that have none, which is logged. The model itself may be on the meta device.
+        """
+        if self.pack_compressor is None:
+            return {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            fresh = self._make_compressor().state_dict(prefix=COMPRESSOR_PREFIX)
+        log.warning("%s has no compressor: pack_compressor is initialised at random (seed %d)", source, seed)
+        return fresh
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, source, loaded_keys, **settings):
+        """What `from_pretrained` calls with the weights; a compressor that they lack goes with them."""
+        if not any(name.startswith(COMPRESSOR_PREFIX) for name in loaded_keys):
+            fresh = model.fresh_compressor(source)
+            if state_dict is None:  # in several files
+                files = [*files, fresh]
+            else:
+                state_dict = {**state_dict, **fresh}
+        return super()._load_pretrained_model(model, state_dict, files, source, loaded_keys, **settings)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "CausalWanModel":
+        """As `WanTransformer3DModel.from_single_file`; a compressor that the file lacks is initialised anew."""
+        source = pretrained_model_link_or_path_or_dict
+        if isinstance(source, dict):
+            weights, source = dict(source), "the given state dict"
+        else:
+            names = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
+            weights = load_single_file_checkpoint(source, **{name: kwargs[name] for name in names if name in kwargs})
+        if not any(COMPRESSOR_PREFIX in name for name in weights):
+            config, subfolder = kwargs.get("config"), kwargs.get("subfolder")
+            if config is None:
+                config, subfolder = fetch_diffusers_config(weights)["pretrained_model_name_or_path"], "transformer"
+            hub = {name: kwargs[name] for name in ("local_files_only", "token") if name in kwargs}
+            settings = cls.load_config(config, subfolder=subfolder, revision=kwargs.get("config_revision"), **hub)
+            own = {name: kwargs[name] for name in cls._get_signature_keys(cls)[1] if name in kwargs}
+            with init_empty_weights():
+                model = cls.from_config({**settings, **own})
+            weights |= model.fresh_compressor(source)
+        return super().from_single_file(weights, **kwargs)
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":

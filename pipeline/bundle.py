@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from model.causal_wan import CausalWanModel
+from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
 from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
@@ -36,7 +36,6 @@ _PUBLISHED = {
     name: f"zhuhz22/Causal-Forcing chunkwise/{name}" for name in ("causal_ode.pt", "causal_cd.pt", "causal_forcing.pt")
 }
 _CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
-_COMPRESSOR = "pack_compressor."
 
 
 def bundle_folder(config: Config) -> Path:
@@ -184,17 +183,12 @@ def load_transformer(config: Config) -> CausalWanModel:
     weights = read_weights(source, config.model.use_ema)
     with init_empty_weights(include_buffers=False):
         model = CausalWanModel(**settings)
-    stored = [name for name in weights if name.startswith(_COMPRESSOR)]
+    stored = [name for name in weights if name.startswith(COMPRESSOR_PREFIX)]
     if model.pack_compressor is None and stored:
         log.info("%s: its compressor (%d tensors) is not used with cache.compressor.kind=identity", source, len(stored))
         weights = {name: tensor for name, tensor in weights.items() if name not in stored}
-    fresh = {}
-    if model.pack_compressor is not None and not stored:
-        new = _build({**settings, "num_layers": 0}, config.seed).pack_compressor  # the model's own initialisation
-        fresh = {_COMPRESSOR + name: tensor for name, tensor in new.state_dict().items()}
+    fresh = {} if stored else model.fresh_compressor(source, config.seed)
     load_weights(model, weights, source, fresh)
-    if fresh:
-        log.warning("%s has no compressor: pack_compressor is initialised at random (seed %d)", source, config.seed)
     return model.eval()
 
 

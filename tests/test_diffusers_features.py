@@ -7,10 +7,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
+from safetensors.torch import save_file
 from test_kv_cache import make, roll
 from toy import DIMS, randomize, toy_chunk, toy_prompt
 
 from model.causal_wan import CausalWanModel
+from model.convert import diffusers_to_wan
 
 INPUTS = (toy_chunk(0, frames=6), torch.tensor([500.0]), toy_prompt())
 
@@ -50,6 +52,32 @@ def test_loads_a_bidirectional_checkpoint(tmp_path):
     with torch.no_grad():
         expected = wan.eval()(INPUTS[0], INPUTS[1], prompt).sample
         torch.testing.assert_close(model(INPUTS[0], INPUTS[1], prompt).sample, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["folder", "device_map", "sharded", "single_file", "single_file_of_wan", "not_on_meta"])
+def test_a_compressor_that_the_weights_lack_is_initialised(way, tmp_path, caplog):
+    """Always the same one, on no meta device; the weights that are there are loaded, in either layout."""
+    wan = WanTransformer3DModel(**DIMS)
+    randomize(wan, 0)
+    wan.save_pretrained(tmp_path, max_shard_size="40KB" if way == "sharded" else "1GB")
+    settings = {"text_len": 7, "compressor_channels": (6, 8)}
+    state = wan.state_dict()
+    torch.manual_seed(len(way))
+    if way in ("folder", "device_map", "sharded"):
+        device_map = {"": "cpu"} if way == "device_map" else None
+        model = CausalWanModel.from_pretrained(tmp_path, device_map=device_map, **settings)
+    else:
+        file = tmp_path / "single.safetensors"
+        save_file({diffusers_to_wan(n) if way == "single_file_of_wan" else n: t for n, t in state.items()}, file)
+        low_memory = way != "not_on_meta"
+        model = CausalWanModel.from_single_file(
+            str(file), config=str(tmp_path), low_cpu_mem_usage=low_memory, local_files_only=True, **settings
+        )
+    assert "has no compressor: pack_compressor is initialised at random (seed 0)" in caplog.text
+    own = model.to("cpu").state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in state.items())
+    fresh = model.fresh_compressor("these weights")
+    assert len(fresh) == 6 and all(torch.equal(own[name], tensor) for name, tensor in fresh.items())
 
 
 def test_loaded_in_bfloat16(tmp_path):
