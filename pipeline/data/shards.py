@@ -12,7 +12,7 @@ folder is finished when none is. Where the plan has no number of shards, more ca
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class ShardWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             _refuse_older(self.folder, "the same command")
             if not (self.folder / PLAN).is_file():
-                _replace(self.folder / PLAN, lambda path: path.write_text(json.dumps(plan, indent=1)))
+                write_json(self.folder / PLAN, plan)
             stored = read_plan(self.folder, plan["kind"], "the same command")
         except OSError as error:
             return f"folder {self.folder}: cannot be written ({error.strerror})"
@@ -128,7 +128,12 @@ class ShardWriter:
         return len(shard_paths(self.folder)) == self.shards
 
 
-def _replace(path: Path, write) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write the file whole, or not at all."""
+    _replace(path, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make the file under another name first, so that it is there whole or not at all."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     write(partial)

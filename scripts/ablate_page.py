@@ -1,0 +1,162 @@
+"""The page of `scripts/ablate.py`: tables, plots and synchronised videos in one HTML file."""
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from utils.metrics import METRICS
+
+COLOURS = matplotlib.colormaps["tab10"]
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: 2px 8px; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+.scroll {{ overflow-x: auto; }}
+.videos {{ display: flex; flex-wrap: wrap; gap: 8px; }}
+figure {{ margin: 0; }}
+video {{ width: 288px; image-rendering: pixelated; background: #000; }}
+#bar {{ position: sticky; top: 0; background: #fff; padding: 6px 0; display: flex; gap: 8px; align-items: center; }}
+#seek {{ flex: 1; }}
+</style>
+<h1>{title}</h1>
+<div id="bar"><button id="play">play</button><input id="seek" type="range" min="0" max="1" step="0.001" value="0">
+<span id="time">0.0 s</span></div>
+{videos}
+<h2>Mean ± std over seeds</h2><div class="scroll">{table}</div>
+<h2>Against bytes that a chunk attends</h2>{pareto}
+<h2>Over time</h2>{curves}
+<script>
+const videos = [...document.querySelectorAll("video")], first = videos[0];
+const play = document.getElementById("play"), seek = document.getElementById("seek");
+function align(limit) {{
+  for (const video of videos)
+    if (Math.abs(video.currentTime - first.currentTime) > limit) video.currentTime = first.currentTime;
+}}
+play.onclick = () => {{
+  if (first.paused) {{ align(0); videos.forEach(video => video.play()); }}
+  else {{ videos.forEach(video => video.pause()); align(0); }}
+}};
+seek.oninput = () => {{ first.currentTime = seek.value * first.duration; align(0); }};
+if (first) {{
+  first.onplay = () => play.textContent = "pause";
+  first.onpause = () => play.textContent = "play";
+  first.ontimeupdate = () => {{
+    seek.value = first.currentTime / first.duration;
+    document.getElementById("time").textContent = first.currentTime.toFixed(1) + " s";
+    align(0.15);
+  }};
+}}
+</script></html>
+"""
+
+
+def picture(figure: plt.Figure) -> str:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=90)
+    plt.close(figure)
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def plot_curves(rows: list[dict[str, Any]], curves: list[dict[str, list[float]]]) -> str:
+    """Every metric over the seconds: mean over a cell's videos, and the range of its seeds' means."""
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    columns = 3
+    figure, axes = plt.subplots(-(-len(METRICS) // columns), columns, figsize=(13, 2.6 * -(-len(METRICS) // columns)))
+    for axis, (name, metric) in zip(axes.flat, METRICS.items(), strict=False):
+        axis.set_title(f"{name} ({metric.unit})", fontsize=9)
+        for number, cell in enumerate(cells):
+            seeds: dict[int, list[list[float]]] = {}
+            for row, curve in zip(rows, curves, strict=True):
+                if row["cell"] == cell:
+                    seeds.setdefault(row["seed"], []).append(curve[name])
+            means = np.stack([np.mean(some, axis=0) for some in seeds.values()])  # [seeds, S]
+            seconds, colour = np.arange(means.shape[1]), COLOURS(number % COLOURS.N)
+            axis.plot(seconds, means.mean(0), color=colour, label=cell, linewidth=1.2)
+            axis.fill_between(seconds, means.min(0), means.max(0), color=colour, alpha=0.15, linewidth=0)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+    for axis in axes.flat[len(METRICS) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=6)
+    return picture(figure)
+
+
+def plot_pareto(summary: list[dict[str, Any]]) -> str:
+    """What is kept and said right against bytes; nothing where no caption could be read."""
+    kinds = [kind for kind in ("kept", "said") if any(kind in cell for cell in summary)]
+    if not kinds:
+        return "<p>No captions of the sprite world: nothing to read.</p>"
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 3.6), squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        axis.set_title({"kept": "kept though no word holds it", "said": "right as captioned"}[kind], fontsize=9)
+        for number, cell in enumerate(cell for cell in summary if kind in cell):
+            axis.errorbar(cell["bytes"], cell[kind], yerr=cell[f"{kind} std"], fmt="o", label=cell["cell"],
+                          color=COLOURS(number % COLOURS.N), capsize=3)  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("bytes attended", fontsize=8)
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=6)
+    return picture(figure)
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for cell in summary for name in cell if not name.endswith(" std")))
+    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>"]
+    for cell in summary:
+        shown = (
+            f"{cell[name]:.4g} ± {cell[f'{name} std']:.2g}" if f"{name} std" in cell else str(cell.get(name, "-"))
+            for name in names
+        )
+        lines.append("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in shown) + "</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def video_rows(folder: Path, rows: list[dict[str, Any]], count: int) -> str:
+    """The first seed's videos of the first `count` prompts, a row for each, cells side by side."""
+    parts = []
+    for prompt in list(dict.fromkeys(row["prompt"] for row in rows))[:count]:
+        figures = []
+        for row in rows:
+            if row["prompt"] == prompt and row["seed"] == rows[0]["seed"]:
+                data = base64.b64encode((folder / row["video"]).read_bytes()).decode()
+                figures.append(
+                    f'<figure><video muted loop playsinline preload="auto" src="data:video/mp4;base64,{data}"></video>'
+                    f"<figcaption>{html.escape(row['cell'])}</figcaption></figure>"
+                )
+        parts.append(f'<h3>{html.escape(prompt)}</h3><div class="videos">{"".join(figures)}</div>')
+    return "\n".join(parts)
+
+
+def write_page(
+    path: Path, rows: list[dict[str, Any]], summary: list[dict[str, Any]], curves: list[dict], count: int
+) -> None:
+    """Write the page.
+
+    Args:
+        rows, curves: of every video, in the same order; a row's `video` is relative to the page.
+        summary: of every cell.
+        count: prompts whose videos the page holds.
+    """
+    path.write_text(
+        PAGE.format(
+            title=html.escape(f"{len(summary)} settings, {len(rows)} videos"),
+            videos=video_rows(path.parent, rows, count),
+            table=table(summary),
+            pareto=plot_pareto(summary),
+            curves=plot_curves(rows, curves),
+        ),
+        encoding="utf-8",
+    )
