@@ -10,6 +10,7 @@ trained along) in diffusers' layout. `--checkpoint_path` of `inference_packforci
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import torch
 
 from model.convert import diffusers_to_wan
 from model.weights import cast_weights, load_weights
-from pipeline.train.checkpoints import list_checkpoints, read_info, read_into, tensor_shapes
+from pipeline.train.checkpoints import find_damage, newest_whole, read_info, read_into, tensor_shapes
 from pipeline.train.parallel import model_from_config
+from utils.cli import run_command
 from utils.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 ROLE = "generator"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,10 +31,14 @@ Weights = dict[str, torch.Tensor]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path`, or the last checkpoint of the run at `path`. Raises `ConfigError` where there is none."""
-    found = list_checkpoints(path / "checkpoints")
-    checkpoint = found[-1] if found else path
+    """`path`, or the last whole checkpoint of the run at `path`. Raises `ConfigError` where there is none."""
+    newest, damaged = newest_whole(path / "checkpoints")
+    for each, problem in damaged.items():
+        log.warning("checkpoint %s is damaged: %s", each, problem)
+    checkpoint = newest or path
     info = read_info(checkpoint)
+    if newest is None and (problem := find_damage(path)) is not None:
+        raise ConfigError(f"checkpoint {path} is damaged: {problem}")
     if ROLE not in info["roles"]:
         raise ConfigError(f"checkpoint {checkpoint} is of stage {info['stage']}, which has no generator")
     return checkpoint
@@ -89,17 +97,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--use_ema", action="store_true", help="a folder gets the EMA in place of the last weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     options = parser.parse_args(arguments)
-    try:
-        checkpoint = find_checkpoint(options.checkpoint)
-        if options.output.suffix == ".pt":
-            write_pt(checkpoint, options.output, DTYPES[options.dtype])
-        else:
-            write_folder(checkpoint, options.output, DTYPES[options.dtype], options.use_ema)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: export(options))
+
+
+def export(options: argparse.Namespace) -> None:
+    checkpoint = find_checkpoint(options.checkpoint)
+    if options.output.suffix == ".pt":
+        write_pt(checkpoint, options.output, DTYPES[options.dtype])
+    else:
+        write_folder(checkpoint, options.output, DTYPES[options.dtype], options.use_ema)
     print(f"{checkpoint} -> {options.output}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,37 +4,154 @@ A checkpoint is a folder `step-N` of `torch.distributed.checkpoint` files (tenso
 `info.json` (what is not a tensor) and `config.yaml` (the resolved settings) beside them. It is written under another
 name and renamed once every rank's part is on disk, so a folder of that name is complete whatever was killed when. It
 loads on any number of ranks. With several machines, the folder must be on a file system that all of them see.
+
+Every file's checksum is in `SHA256SUMS` (`sha256sum -c` reads it too), so damage shows before anything is loaded.
+Nothing in a checkpoint is run: its index, a pickle, may only hold what describes tensors.
 """
 
+import hashlib
 import json
 import logging
-import os
+import pickle
 import shutil
 import warnings
-from concurrent.futures import Future
-from pathlib import Path
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.serialization import _get_layout
 
 from utils.config import ConfigError
-from utils.distributed import World, barrier
+from utils.distributed import World, barrier, from_main
 
 log = logging.getLogger(__name__)
 # A run of one process has no process group, and needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_PREFIX, _PARTIAL, _INFO, _CONFIG = "step-", ".partial-", "info.json", "config.yaml"
-_WRITTEN_LAST = ".metadata"  # of torch.distributed.checkpoint
+_PREFIX, _PARTIAL, _DAMAGED = "step-", ".partial-", "damaged-"
+_INFO, _CONFIG, _SUMS = "info.json", "config.yaml", "SHA256SUMS"
+_INDEX = ".metadata"  # of torch.distributed.checkpoint, the last of its files
+_IN_INDEX = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        index_types.Metadata,
+        index_types.MetadataIndex,
+        index_types.TensorStorageMetadata,
+        index_types.ChunkStorageMetadata,
+        index_types.TensorProperties,
+        index_types.StorageMeta,
+        index_types._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        _get_layout,
+        torch.Size,
+        PosixPath,
+    )
+}  # not BytesStorageMetadata: what such an entry points to, torch unpickles without any restriction
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _IN_INDEX:
+            return _IN_INDEX[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"holds {module}.{name}, which has no place in an index of tensors")
+
+
+class _Reader(FileSystemReader):
+    """Reads the index without running what may stand in it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> index_types.Metadata:
+        with open(self.path / _INDEX, "rb") as file:
+            index = _IndexUnpickler(file).load()
+        if not isinstance(index, index_types.Metadata):
+            raise pickle.UnpicklingError("is no index of tensors")
+        index.storage_meta = index_types.StorageMeta(load_id=self.load_id)
+        return index
+
+
+class _Writer(FileSystemWriter):
+    """Writes checksums too: every rank those of its files, the first one gathers them."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
+        written = super().write_data(plan, planner)
+        files = {result.storage_data.relative_path for result in written.value()}
+        (self.path / f"{_SUMS}.{plan.storage_data.prefix}").write_text(_checksums(self.path, files))
+        return written
+
+    def finish(self, metadata: index_types.Metadata, results: list) -> None:
+        super().finish(metadata, results)
+        parts = sorted(self.path.glob(f"{_SUMS}.*"))
+        own = _checksums(self.path, (_INDEX, _INFO, _CONFIG))
+        (self.path / _SUMS).write_text(own + "".join(part.read_text() for part in parts))
+        for part in parts:
+            part.unlink()
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> str:
+    """Lines as of sha256sum."""
+
+    def line(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n"
+
+    with ThreadPoolExecutor() as pool:
+        return "".join(pool.map(line, sorted(names)))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _WRITTEN_LAST).is_file())
+    """Checkpoints, oldest first; whether they are whole, `find_damage` says."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by file; None where it is whole.
+
+    One without checksums, of an earlier version, is held against its index alone.
+    """
+    for name in (_INFO, _CONFIG, _INDEX):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    sums = checkpoint / _SUMS
+    try:
+        for line in sums.read_text().splitlines() if sums.is_file() else ():
+            _, _, name = line.partition("  ")
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _checksums(checkpoint, [name]) != f"{line}\n":
+                return f"{name} is not what was written (its checksum differs)"
+        for part in _Reader(checkpoint).read_metadata().storage_data.values():
+            file = checkpoint / part.relative_path
+            if not file.is_file() or file.stat().st_size < part.offset + part.length:
+                return f"{part.relative_path} is missing or cut off"
+    except Exception as error:  # a broken pickle raises nearly anything
+        return f"{_INDEX} or {_SUMS} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole, and what is wrong with each that is newer.
+
+    Raises `ConfigError` where there are checkpoints, but none is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(list_checkpoints(folder)):
+        problem = find_damage(path)
+        if problem is None:
+            return path, damaged
+        damaged[path] = problem
+    if damaged:
+        listed = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+        raise ConfigError(f"no checkpoint in {folder} is whole ({listed}): delete that folder to start from step 0")
+    return None, {}
 
 
 def read_info(checkpoint: Path) -> dict[str, Any]:
@@ -51,7 +168,7 @@ def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:
     Raises `ConfigError` where the checkpoint has other tensors.
     """
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint)
+        dcp.load(tensors, storage_reader=_Reader(checkpoint))
     except CheckpointException as error:
         raise ConfigError(
             f"checkpoint {checkpoint} is not one of this model and optimizer ({_first_failure(error)}); train with the "
@@ -61,7 +178,7 @@ def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor in a checkpoint, by its dotted name."""
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    entries = _Reader(checkpoint).read_metadata().state_dict_metadata
     return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
 
 
@@ -86,6 +203,35 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._pending: tuple[int, Future] | None = None
 
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from. Damaged ones that are newer are named in the log and set aside.
+
+        Raises `ConfigError` where none is whole.
+        """
+        found: tuple[Path | None, str | None] = None, None
+        if self.world.is_main:
+            try:
+                path, damaged = newest_whole(self.folder)
+                found = path, None
+                for each, problem in damaged.items():
+                    aside = self._move(each, f"{_DAMAGED}{each.name}")
+                    log.warning("checkpoint %s is damaged, now %s: %s", each, aside.name, problem)
+                if damaged:
+                    log.warning("going back to %s", path)
+            except ConfigError as error:
+                found = None, str(error)
+        path, error = from_main(found, self.world)
+        if error is not None:
+            raise ConfigError(error)
+        return path
+
+    def _move(self, source: Path, name: str) -> Path:
+        """Rename within the folder, in place of what has that name."""
+        target = self.folder / name
+        if target.exists():
+            shutil.rmtree(target)
+        return source.rename(target)
+
     def save(self, step: int, tensors: dict[str, Any], info: dict[str, Any]) -> None:
         """Copy `tensors` to the CPU, then write in the background. Waits for the save before it, and raises OSError
         where that failed.
@@ -103,7 +249,9 @@ class Checkpoints:
             (partial / _INFO).write_text(json.dumps(info, indent=2))
             (partial / _CONFIG).write_text(self.config)
         barrier(self.world)
-        self._pending = step, dcp.async_save(tensors, checkpoint_id=partial, process_group=self._group)
+        self._pending = step, dcp.async_save(
+            tensors, storage_writer=_Writer(partial), process_group=self._group
+        )
 
     def poll(self) -> None:
         """Publish the save under way if it is done; costs nothing, to be called every step."""
@@ -120,12 +268,10 @@ class Checkpoints:
         except CheckpointException as error:
             raise OSError(f"checkpoint of step {step} could not be written: {_first_failure(error)}") from error
         if self.world.is_main:
-            os.replace(self._partial(step), self.folder / f"{_PREFIX}{step:08d}")
+            self._move(self._partial(step), f"{_PREFIX}{step:08d}")
             log.info("checkpoint of step %d is complete", step)
             for old in list_checkpoints(self.folder)[: -self.keep]:
-                gone = self.folder / f"{_PARTIAL}{old.name}"  # half deleted, it must not look like a checkpoint
-                os.replace(old, gone)
-                shutil.rmtree(gone)
+                shutil.rmtree(self._move(old, f"{_PARTIAL}{old.name}"))  # half deleted, it must not look like one
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{_PARTIAL}{step:08d}"

@@ -20,12 +20,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_info, read_into
+from pipeline.train.checkpoints import Checkpoints, read_info, read_into
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.train.state import RoleState
 from utils.config import Config, ConfigError
-from utils.distributed import World, average, barrier, from_main
+from utils.distributed import World, average, barrier
 from utils.load_config import to_yaml
 from utils.timing import part
 from utils.tracking import Tracker
@@ -280,10 +280,10 @@ class Trainer:
 
     def _resume(self) -> int | None:
         """Go on from the last checkpoint; returns its step, None where there is none."""
-        found = from_main(list_checkpoints(self.checkpoints.folder), self.world)
-        if not found:
+        path = self.checkpoints.newest()
+        if path is None:
             return None
-        path, info = found[-1], read_info(found[-1])
+        info = read_info(path)
         if info["stage"] != self.stage.name:
             raise ConfigError(
                 f"checkpoint {path} is of stage {info['stage']}, not {self.stage.name}: choose another train.logdir"
