@@ -33,6 +33,7 @@ AREA_RANGE = (0.025, 0.30)  # of height^2; a small triangle covers 0.058, a larg
 WINDOW = 0.56  # side of the window a sprite must fit in, of the height
 MIN_INSIDE = 0.80  # of the mask inside that window: one blob, not two
 PRESENT_SHARE = 0.75  # of a second's frames that must show a sprite
+AREA_TO_BOX = {"circle": 4 / math.pi, "square": 1.0, "triangle": 2.0}  # area of a shape -> square of its box's side
 OUTLINE_SCALES = (0.94, 1.0, 1.06)
 
 
@@ -74,16 +75,16 @@ def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
     if seconds < 1:
         raise ValueError(f"{len(frames)} frames at {fps} fps are less than one second: nothing to read")
     starts = [round(second * fps) for second in range(seconds + 1)]
-    looks = [_look(frames[start:stop]) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    looks = [look(frames[start:stop]) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
     readings, height = [], frames.shape[1]
-    for second, look in enumerate(looks):
+    for second, seen in enumerate(looks):
         motion = None
-        if look.present and second >= MOTION_SECONDS - 1:
-            track = np.concatenate([looks[second - 1].centres, look.centres])
+        if seen.present and second >= MOTION_SECONDS - 1:
+            track = np.concatenate([looks[second - 1].centres, seen.centres])
             motion = read_motion(track, fps, height, frames.shape[2])
-        shape = look.shape if look.present else None
-        colour = look.colour if look.present else None
-        readings.append(Reading(second, look.present, colour, shape, motion, look.background, look.pattern))
+        shape = seen.shape if seen.present else None
+        colour = seen.colour if seen.present else None
+        readings.append(Reading(second, seen.present, colour, shape, motion, seen.background, seen.pattern))
     return readings
 
 
@@ -122,17 +123,20 @@ def accuracy(marks: Sequence[Mark], said: bool, seconds: range) -> dict[str, flo
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
+    """What some frames show, taken together; `diameter` of the sprite in px, `centres` [F, 2] as (x, y) px."""
+
     present: bool
     colour: str
     shape: str
     background: str
     pattern: str
-    centres: np.ndarray  # float [F, 2], (x, y) px; nan in frames without a sprite
+    diameter: float
+    centres: np.ndarray  # nan in frames without a sprite
 
 
-def _look(frames: np.ndarray) -> _Look:
-    """Everything that can be told of a second on its own."""
+def look(frames: np.ndarray) -> Look:
+    """Everything that can be told of frames uint8 [F, H, W, 3] on their own, without their order."""
     pixels = frames.astype(np.float32)
     background, pattern, ground = _read_background(pixels)
     colour = _read_colour(pixels, ground)
@@ -141,7 +145,8 @@ def _look(frames: np.ndarray) -> _Look:
     shown = ~np.isnan(centres[:, 0])
     present = bool(shown.mean() >= PRESENT_SHARE)
     shape = _read_shape(windows[shown]) if shown.any() else SHAPES[0]
-    return _Look(present, colour, shape, background, pattern, centres)
+    area = windows[shown].sum(axis=(1, 2)).mean() if shown.any() else 0.0
+    return Look(present, colour, shape, background, pattern, float(math.sqrt(area * AREA_TO_BOX[shape])), centres)
 
 
 @lru_cache(maxsize=4)
