@@ -27,7 +27,7 @@ from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
-from model.compressor import HRSpatialCompressor
+from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation
 
@@ -51,8 +51,8 @@ class CausalWanModel(WanTransformer3DModel):
     Args:
         text_len: length that prompt embeddings are padded to with zeros, as Wan does.
         frames_per_chunk: latent frames generated together, B_f.
-        compressor: `hr_spatial`, or `identity` for full-resolution mid tokens (no parameters).
-        compressor_channels: widths of the compressor's strided stages.
+        compressor: a name of `COMPRESSORS`; `identity` has no parameters.
+        compressor_channels: widths of the compressor's strided stages in space.
     """
 
     _no_split_modules = ["CausalWanBlock"]
@@ -278,12 +278,8 @@ class CausalWanModel(WanTransformer3DModel):
 
     def _make_compressor(self) -> nn.Module | None:
         config = self.config
-        if config.compressor == "identity":
-            return None
-        if config.compressor != "hr_spatial":
-            raise ValueError(f"compressor is {config.compressor!r}: expected hr_spatial or identity")
-        dim = config.num_attention_heads * config.attention_head_dim
-        return HRSpatialCompressor(config.in_channels, config.compressor_channels, dim)
+        kind, dim = COMPRESSORS[config.compressor], config.num_attention_heads * config.attention_head_dim
+        return kind(config.in_channels, config.compressor_channels, dim) if kind.trainable else None
 
     def fresh_compressor(self, source: Any, seed: int = 0) -> dict[str, torch.Tensor]:
         """Newly initialised parameters of the compressor, by their names in the model; the same for the same seed.

@@ -1,18 +1,49 @@
 """Compressors of aged chunks: clean latents -> hidden tokens on a small grid (PackForcing, section 3.3)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.geometry import ChunkGeometry
+from utils.registry import Registry
 
 
-class HRSpatialCompressor(nn.Module):
+class Compressor(nn.Module):
+    """A way to compress a chunk.
+
+    Attributes:
+        trainable: has weights, the model's `pack_compressor`.
+        halves_time: two latent frames become one compressed frame.
+    """
+
+    trainable = halves_time = False
+
+    @classmethod
+    def grid(cls, geometry: ChunkGeometry, channels: Sequence[int]) -> tuple[int, int, int]:
+        """(frames, h', w') of a compressed chunk: every entry of `channels` halves the latents in space."""
+        return geometry.pooled_grid(len(channels), cls.halves_time)
+
+
+COMPRESSORS: Registry[type[Compressor]] = Registry("cache.compressor.kind")
+
+
+@COMPRESSORS.register("identity")
+class Identity(Compressor):
+    """Full-resolution K, V, as they are."""
+
+    @classmethod
+    def grid(cls, geometry: ChunkGeometry, channels: Sequence[int]) -> tuple[int, int, int]:
+        return (geometry.frames, *geometry.grid)
+
+
+@COMPRESSORS.register("hr_spatial")
+class HRSpatial(Compressor):
     """Strided convolutions in space only; time is kept.
 
     One Conv3d k(1,3,3) s(1,2,2) with SiLU per entry of `channels`, a 1x1x1 projection to the model's width, and
-    average pooling to the grid (B_f, max(1, H // 2^n), max(1, W // 2^n)), n = len(channels). At Wan-1.3B's 480x832 with
-    three stages a chunk of 3 frames becomes 3*7*13 = 273 tokens.
+    average pooling to the grid. At Wan-1.3B's 480x832 with three stages 3 frames become 3*7*13 = 273 tokens.
 
     Args:
         in_channels: latent channels.
@@ -20,26 +51,38 @@ class HRSpatialCompressor(nn.Module):
         dim: width of the DiT.
     """
 
-    def __init__(self, in_channels: int, channels: list[int] | tuple[int, ...], dim: int):
+    trainable = True
+    kernel, padding = (1, 3, 3), (0, 1, 1)
+
+    def __init__(self, in_channels: int, channels: Sequence[int], dim: int):
         super().__init__()
-        self.spatial_stages = len(channels)
+        self.channels = tuple(channels)
+        stages = [(in_channels * 2, (2, 1, 1))] if self.halves_time else []
         layers: list[nn.Module] = []
-        for width in channels:
-            layers += [nn.Conv3d(in_channels, width, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)), nn.SiLU()]
+        for width, stride in [*stages, *((width, (1, 2, 2)) for width in channels)]:
+            layers += [nn.Conv3d(in_channels, width, self.kernel, stride, self.padding), nn.SiLU()]
             in_channels = width
         self.net = nn.Sequential(*layers, nn.Conv3d(in_channels, dim, 1))
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, F, H, W] -> hidden tokens [B, F*h'*w', dim], time-major."""
-        grid = ChunkGeometry(latents.shape[2], *latents.shape[-2:]).pooled_grid(self.spatial_stages)
+        """latents [B, C, F, H, W] -> hidden tokens [B, f*h'*w', dim], time-major."""
+        grid = self.grid(ChunkGeometry(latents.shape[2], *latents.shape[-2:]), self.channels)
         # Autocast would take the convolutions in bfloat16, whose backward oneDNN gets wrong on grids of a few tokens
         # where a CPU has no AMX; in the weights' own dtype they cost nothing beside the DiT.
         with torch.autocast(latents.device.type, enabled=False):
-            hidden = self.net(latents.to(self.net[0].weight.dtype))  # [B, dim, F, ~H/2^n, ~W/2^n]
-        hidden = F.adaptive_avg_pool3d(hidden, grid)  # [B, dim, F, h', w']
-        return hidden.flatten(2).transpose(1, 2)  # [B, F*h'*w', dim]
+            hidden = self.net(latents.to(self.net[0].weight.dtype))  # [B, dim, ~f, ~H/2^n, ~W/2^n]
+        return _tokens(hidden, grid)  # [B, f*h'*w', dim]
 
 
-def compressed_grid(kind: str, geometry: ChunkGeometry, channels: list[int] | tuple[int, ...]) -> tuple[int, int, int]:
-    """(frames, h', w') of a chunk after the compressor `kind` (`identity` or `hr_spatial`)."""
-    return (geometry.frames, *geometry.grid) if kind == "identity" else geometry.pooled_grid(len(channels))
+@COMPRESSORS.register("hr_spatiotemporal")
+class HRSpatiotemporal(HRSpatial):
+    """The paper's (figure 2d): a stage of stride 2 in time, of twice the latent channels, before those in space, all of
+    kernel 3. 4 frames at 480x832 become 2*7*13 = 182 tokens, 3 frames 1*7*13."""
+
+    halves_time = True
+    kernel, padding = (3, 3, 3), (1, 1, 1)
+
+
+def _tokens(hidden: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Features [B, dim, F, H, W] -> tokens of the grid [B, f*h*w, dim], time-major."""
+    return F.adaptive_avg_pool3d(hidden, grid).flatten(2).transpose(1, 2)

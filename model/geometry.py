@@ -49,7 +49,7 @@ class ChunkGeometry:
         """Tokens of one full-resolution chunk."""
         return self.frames * self.tokens_per_frame
 
-    def pooled_grid(self, spatial_stages: int) -> tuple[int, int, int]:
-        """(frames, h', w') of a compressed chunk after `spatial_stages` halvings of the latent (design: H//8, W//8)."""
-        factor = 2**spatial_stages
-        return self.frames, max(1, self.latent_height // factor), max(1, self.latent_width // factor)
+    def pooled_grid(self, spatial_stages: int, halve_time: bool = False) -> tuple[int, int, int]:
+        """(frames, h', w') of a compressed chunk after `spatial_stages` halvings of the latent, all rounded down."""
+        factor, frames = 2**spatial_stages, max(1, self.frames // 2) if halve_time else self.frames
+        return frames, max(1, self.latent_height // factor), max(1, self.latent_width // factor)

@@ -96,7 +96,7 @@ def transformer_settings(config: Config) -> dict:
         settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
     return settings | {
         "frames_per_chunk": config.video.frames_per_chunk,
-        "compressor": config.cache.compressor.kind.value,
+        "compressor": config.cache.compressor.kind,
         "compressor_channels": tuple(config.cache.compressor.channels),
     }
 
@@ -185,7 +185,8 @@ def load_transformer(config: Config) -> CausalWanModel:
         model = CausalWanModel(**settings)
     stored = [name for name in weights if name.startswith(COMPRESSOR_PREFIX)]
     if model.pack_compressor is None and stored:
-        log.info("%s: its compressor (%d tensors) is not used with cache.compressor.kind=identity", source, len(stored))
+        log.info("%s: its compressor (%d tensors) is not used with cache.compressor.kind=%s",
+                 source, len(stored), config.cache.compressor.kind)  # fmt: skip
         weights = {name: tensor for name, tensor in weights.items() if name not in stored}
     fresh = {} if stored else model.fresh_compressor(source, config.seed)
     load_weights(model, weights, source, fresh)

@@ -24,7 +24,7 @@ from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan, wan_to_diffusers
 from model.schedule import FlowMatchSchedule
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
-from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, Refresh, Selection, SizeUnit, Temporal
+from utils.config import CacheConfig, CacheKind, CompressorConfig, Refresh, Selection, SizeUnit, Temporal
 
 GRADIENT_TOLERANCE = 1e-3  # relative to the recorded tensor's maximum
 DMD_SHIFT, DMD_STEPS, DMD_GUIDANCE = 5.0, [1000, 750, 500, 250], 3.0
@@ -84,7 +84,7 @@ class Golden:
 
     def cache(self, model: CausalWanModel, **settings) -> PackCache:
         channels = list(self.meta["hr_stage_channels"])
-        compressor = CompressorConfig(kind=Compressor(settings.pop("compressor", "identity")), channels=channels)
+        compressor = CompressorConfig(kind=settings.pop("compressor", "identity"), channels=channels)
         config = CacheConfig(compressor=compressor, **settings)
         height, width = self.meta["latent_hw"]
         return PackCache.for_model(model, config, height, width, trained_frames=self.io["clean_latents"].shape[1])

@@ -71,16 +71,18 @@ class OracleWan:
 
     def compress(self, latents):
         """Clean latents [C, F, H, W] -> hidden tokens [N_c, dim] by the strided convolutions."""
-        stages = len(self.config.compressor_channels)
+        in_time = "spatiotemporal" in self.config.compressor
+        strides = [(2, 1, 1)] * in_time + [(1, 2, 2) for _ in self.config.compressor_channels]
         x = latents.double()[None]
-        for stage in range(stages + 1):
+        for stage, stride in enumerate(strides):
             name = f"pack_compressor.net.{2 * stage}"
-            strided = stage < stages
-            x = F.conv3d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"],
-                         stride=(1, 2, 2) if strided else 1, padding=(0, 1, 1) if strided else 0)  # fmt: skip
-            x = F.silu(x) if strided else x
-        height, width = (max(1, size // 2**stages) for size in latents.shape[-2:])
-        x = F.adaptive_avg_pool3d(x, (latents.shape[1], height, width))
+            padding = (1, 1, 1) if in_time else (0, 1, 1)
+            x = F.silu(F.conv3d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"], stride=stride, padding=padding))
+        name = f"pack_compressor.net.{2 * len(strides)}"
+        x = F.conv3d(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"])
+        height, width = (max(1, size // 2 ** len(self.config.compressor_channels)) for size in latents.shape[-2:])
+        frames = max(1, latents.shape[1] // 2) if in_time else latents.shape[1]
+        x = F.adaptive_avg_pool3d(x, (frames, height, width))
         return x[0].flatten(1).T
 
     def time_embedding(self, t):
@@ -179,10 +181,10 @@ class OracleMemory:
         self.oracle, self.config, self.trained_frames = oracle, config, trained_frames
         self.chunk = oracle.config.frames_per_chunk
         self.grid = tuple(s // p for s, p in zip(latent_size, oracle.config.patch_size[1:], strict=True))
-        if config.compressor.kind.value == "identity":
-            self.small_grid = self.grid
-        else:
-            self.small_grid = tuple(max(1, s // 2 ** len(config.compressor.channels)) for s in latent_size)
+        kind, halvings, self.small_frames = config.compressor.kind, len(config.compressor.channels), self.chunk
+        self.small_grid = self.grid if kind == "identity" else tuple(max(1, s // 2**halvings) for s in latent_size)
+        if "spatial" not in kind.split("_") and kind != "identity":  # of both time and space
+            self.small_frames = max(1, self.chunk // 2)
         self.committed = []
         self.chosen, self.chosen_at = {}, None  # of the current chunk, or kept from `chosen_at`
         self.attended = {}  # layer -> ids of the last forward
@@ -211,7 +213,7 @@ class OracleMemory:
         for small, full in zip(self.small_grid, self.grid, strict=True):
             aligned = self.config.spatial.value == "aligned"
             axes.append([(i + 0.5) * full / small - 0.5 if aligned else i for i in range(small)])
-        times = [start + (f + 0.5) * span / self.chunk - 0.5 for f in range(self.chunk)]
+        times = [start + (f + 0.5) * span / self.small_frames - 0.5 for f in range(self.small_frames)]
         return token_positions(times, *axes)
 
     def layout(self, selected):
@@ -299,7 +301,7 @@ class OracleMemory:
             return self.attend(layer, q, k, v)
 
         self.oracle(clean if noisy is None else noisy, [timestep] * self.chunk, text, attend)
-        if self.config.compressor.kind.value == "identity":
+        if self.config.compressor.kind == "identity":
             small = [(k, v) for _, k, v in full]
         else:
             hidden = self.oracle.compress(clean)

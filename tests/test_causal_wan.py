@@ -179,7 +179,7 @@ def test_bad_input_is_named(changes, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"image_dim": 8}, "text-to-video only"), ({"added_kv_proj_dim": 8}, "text-to-video only"),
-     ({"compressor": "magic"}, "compressor is 'magic': expected hr_spatial or identity")],
+     ({"compressor": "magic"}, "compressor.kind` is magic: expected one of identity, hr_spatial")],
 )  # fmt: skip
 def test_impossible_models(settings, words):
     with pytest.raises(ValueError, match=words):

@@ -6,15 +6,27 @@ from oracle import OracleWan
 from toy import LATENT, randn, toy_chunk, toy_model
 
 from model.cache.selection import sampled_queries
-from model.compressor import HRSpatialCompressor, compressed_grid
+from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 
 
 def test_wan_at_480p():
     geometry = ChunkGeometry(3, 60, 104)
     assert geometry.grid == (30, 52) and geometry.tokens_per_frame == 1560 and geometry.tokens == 4680
-    assert compressed_grid("hr_spatial", geometry, [64, 256, 1024]) == (3, 7, 13)
-    assert compressed_grid("identity", geometry, [64, 256, 1024]) == (3, 30, 52)
+
+
+PAPER, SEED = [128, 512, 2048], [64, 256, 1024]
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "channels", "grid"),
+    [("hr_spatial", 3, SEED, (3, 7, 13)), ("hr_spatial", 4, SEED, (4, 7, 13)), ("identity", 3, SEED, (3, 30, 52)),
+     ("hr_spatiotemporal", 4, PAPER, (2, 7, 13)), ("hr_spatiotemporal", 3, PAPER, (1, 7, 13)),
+     ("hr_spatiotemporal", 1, PAPER, (1, 7, 13))],
+)  # fmt: skip
+def test_tokens_of_a_wan_chunk(kind, frames, channels, grid):
+    """Seed: 273 tokens of 3 frames. Paper: floor(B_f / 2) * floor(h / 4) * floor(w / 4) of 30x52, 182 of 4 frames."""
+    assert COMPRESSORS[kind].grid(ChunkGeometry(frames, 60, 104), channels) == grid
 
 
 @pytest.mark.parametrize(
@@ -24,16 +36,18 @@ def test_wan_at_480p():
 )  # fmt: skip
 def test_grid_is_the_latents_over_a_power_of_two(latent, stages, grid):
     channels = (4,) * stages
-    assert compressed_grid("hr_spatial", ChunkGeometry(3, *latent), channels)[1:] == grid
-    for frames in (1, 3, 4):
-        tokens = HRSpatialCompressor(4, channels, 10)(randn(2, 4, frames, *latent, seed=1))
-        assert tokens.shape == (2, frames * grid[0] * grid[1], 10)
+    for frames, halved in ((1, 1), (3, 1), (4, 2)):
+        for kind, kept in (("hr_spatial", frames), ("hr_spatiotemporal", halved)):
+            assert COMPRESSORS[kind].grid(ChunkGeometry(frames, *latent), channels) == (kept, *grid)
+            tokens = COMPRESSORS[kind](4, channels, 10)(randn(2, 4, frames, *latent, seed=1))
+            assert tokens.shape == (2, kept * grid[0] * grid[1], 10)
 
 
 @pytest.mark.parametrize("latent", [LATENT, (2, 2), (10, 6)])
-def test_layers_are_the_papers(latent):
-    """k(1,3,3) s(1,2,2) p(0,1,1) convolutions with SiLU, a pointwise one, pooling; tokens frame after frame."""
-    model = toy_model()
+@pytest.mark.parametrize("kind", ["hr_spatial", "hr_spatiotemporal"])
+def test_layers_are_the_papers(kind, latent):
+    """Strided convolutions with SiLU, a pointwise one, pooling; tokens frame after frame."""
+    model = toy_model(compressor=kind)
     latents = toy_chunk(0, latent=latent)
     expected = OracleWan(model).compress(latents[0])
     torch.testing.assert_close(model.pack_compressor(latents)[0].double(), expected, atol=1e-5, rtol=0)
@@ -47,8 +61,18 @@ def test_frames_are_compressed_apart():
 
 
 def test_parameters_of_the_reference():
-    names = set(HRSpatialCompressor(16, (64, 256, 1024), 1536).state_dict())
+    names = set(COMPRESSORS["hr_spatial"](16, SEED, 1536).state_dict())
     assert names == {f"net.{i}.{kind}" for i in (0, 2, 4, 6) for kind in ("weight", "bias")}
+
+
+def test_stages_of_the_papers_figure():
+    """Figure 2d: 16 -> 32 at stride (2,1,1), -> 128 -> 512 -> 2048 at (1,2,2), -> D."""
+    with torch.device("meta"):
+        stages = [x for x in COMPRESSORS["hr_spatiotemporal"](16, PAPER, 1536).net if isinstance(x, torch.nn.Conv3d)]
+    assert [(x.in_channels, x.out_channels) for x in stages] == [
+        (16, 32), (32, 128), (128, 512), (512, 2048), (2048, 1536)
+    ]  # fmt: skip
+    assert [x.stride for x in stages] == [(2, 1, 1), *[(1, 2, 2)] * 3, (1, 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +103,7 @@ def test_sampled_queries_are_spread_evenly(tokens, fraction, minimum, count):
 def test_under_autocast_gradients_are_those_of_float32():
     """Autocast must not reach the convolutions: oneDNN's bfloat16 backward is wrong on tiny grids without AMX."""
     torch.manual_seed(0)
-    compressor = HRSpatialCompressor(16, (64, 256), 256)
+    compressor = COMPRESSORS["hr_spatial"](16, (64, 256), 256)
     latents = torch.randn(2, 16, 3, 4, 8)
     gradients = []
     for enabled in (False, True):

@@ -57,6 +57,8 @@ SETTINGS = {
     "identity-fit": {**IDENTITY, **FIT},
     "identity-absolute-scopes": {**IDENTITY, **ABSOLUTE, **BOTH_SCOPES},
     "one-stage": {"channels": (6,), **ALIGNED},
+    "spatiotemporal": {"compressor": "hr_spatiotemporal"},
+    "spatiotemporal-fit-aligned": {"compressor": "hr_spatiotemporal", **FIT, **ALIGNED},
     "full": FULL,
     "full-absolute": {**FULL, **ABSOLUTE},
     "window": {**WINDOW, "recent": 2},
@@ -70,7 +72,7 @@ SETTINGS = {
 def make(settings, frames_per_chunk=3):
     """(model, cache, oracle) for one of the settings above."""
     config = toy_config(**settings)
-    compressor = {"compressor": config.compressor.kind.value, "compressor_channels": tuple(config.compressor.channels)}
+    compressor = {"compressor": config.compressor.kind, "compressor_channels": tuple(config.compressor.channels)}
     model = toy_model(frames_per_chunk=frames_per_chunk, **compressor)
     trained = frames_per_chunk * (config.sink + config.recent + 1) + 2 if config.temporal == Temporal.fit else None
     return model, toy_cache(model, config, trained=trained or TRAINED_FRAMES), OracleWan(model)

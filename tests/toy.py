@@ -4,7 +4,7 @@ import torch
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from utils.config import CacheConfig, Compressor, CompressorConfig
+from utils.config import CacheConfig, CompressorConfig
 
 CHANNELS, TEXT_DIM, LATENT = 4, 16, (8, 12)
 TRAINED_FRAMES = 21
@@ -47,7 +47,7 @@ def toy_model(seed: int = 0, **settings) -> CausalWanModel:
 def toy_config(compressor: str = "hr_spatial", channels=(6, 8), **settings) -> CacheConfig:
     """Few enough sampled queries that sampling matters."""
     defaults = {"sink": 1, "recent": 1, "top_k": 2, "min_queries": 5}
-    kind = CompressorConfig(kind=Compressor(compressor), channels=list(channels))
+    kind = CompressorConfig(kind=compressor, channels=list(channels))
     return CacheConfig(compressor=kind, **{**defaults, **settings})
 
 

@@ -33,11 +33,6 @@ class SizeUnit(StrEnum):
     frames = "frames"  # latent frames; must be multiples of the chunk
 
 
-class Compressor(StrEnum):
-    hr_spatial = "hr_spatial"
-    identity = "identity"
-
-
 class Selection(StrEnum):
     recency = "recency"
     query_score = "query_score"
@@ -127,7 +122,7 @@ class ModelConfig:
 
 @dataclass
 class CompressorConfig:
-    kind: Compressor = Compressor.hr_spatial
+    kind: str = "hr_spatial"  # model/compressor.py has them all
     channels: list[int] = field(default_factory=lambda: [64, 256, 1024])  # one spatial halving each
 
 

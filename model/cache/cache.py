@@ -23,7 +23,7 @@ from model.block import ChunkKV
 from model.cache.context import ChunkContext
 from model.cache.selection import mean_rotated, sampled_queries
 from model.causal_wan import CausalWanModel
-from model.compressor import compressed_grid
+from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_positions, grid_rotation
 from utils.config import (
@@ -136,7 +136,8 @@ class PackCache:
     def __init__(self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int):
         self.config, self.geometry, self.head_dim, self.trained_frames = config, geometry, head_dim, trained_frames
         self.layout = CacheLayout.of(config, geometry)
-        self.mid_grid = compressed_grid(config.compressor.kind.value, geometry, config.compressor.channels)
+        self.compressor = COMPRESSORS[config.compressor.kind]
+        self.mid_grid = self.compressor.grid(geometry, config.compressor.channels)
         bounded = self.layout.sink != UNBOUNDED
         if config.temporal == Temporal.fit and bounded and self.fit_room < (1 if self.layout.top_k else 0):
             raise ValueError(
@@ -158,8 +159,8 @@ class PackCache:
         cls, model: CausalWanModel, config: CacheConfig, latent_height: int, latent_width: int, trained_frames: int
     ) -> "PackCache":
         """A cache for `model` at a latent size. Raises ValueError where the model lacks the compressor asked for."""
-        has, wants = model.config.compressor, config.compressor.kind.value
-        if config.kind == CacheKind.pack and config.top_k and wants != "identity":
+        has, wants = model.config.compressor, config.compressor.kind
+        if config.kind == CacheKind.pack and config.top_k and COMPRESSORS[wants].trainable:
             stages = (has, list(model.config.compressor_channels)), (wants, list(config.compressor.channels))
             if stages[0] != stages[1]:
                 raise ValueError(f"cache.compressor is {stages[1]}: the model was built with {stages[0]}")

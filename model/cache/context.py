@@ -10,7 +10,7 @@ import torch
 from model.cache.selection import affinity, top_chunks
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, time_rotation
-from utils.config import Compressor, MidSpan, QueryScope, Refresh, Selection, Temporal
+from utils.config import MidSpan, QueryScope, Refresh, Selection, Temporal
 from utils.timing import timed
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ChunkContext:
         self.archived = list(self.archive)
         self.num_selected = min(len(self.archived), layout.top_k)
         self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
-        self.uses_compressor = layout.top_k > 0 and config.compressor.kind != Compressor.identity
+        self.uses_compressor = layout.top_k > 0 and cache.compressor.trainable
         self._selection: dict[int, torch.Tensor] = {}
         self._frozen: dict[int, _Frozen] = {}
         self._rotations: dict[object, Rotation] = {}

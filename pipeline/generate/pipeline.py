@@ -36,12 +36,12 @@ from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallbac
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
-from utils.config import CacheConfig, CacheKind, Compressor, CompressorConfig, ConfigError, SamplerConfig, VideoConfig
+from utils.config import CacheConfig, CacheKind, CompressorConfig, ConfigError, SamplerConfig, VideoConfig
 from utils.load_config import section
 from utils.video import to_uint8
 
 # A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
-UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig(Compressor.identity))
+UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig("identity"))
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 

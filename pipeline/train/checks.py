@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from model.causal_wan import CausalWanModel
+from model.compressor import COMPRESSORS
 from model.geometry import WAN_PATCH_SIZE
 from pipeline.bundle import read_json, transformer_settings, transformer_source, vae_shape_of
 from pipeline.train.parallel import shard_size
@@ -72,6 +73,7 @@ def check_shapes(config: Config) -> None:
     video, model = config.video, config.model
     if config.train.stage == StageName.vae:
         return
+    COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
     if model.attention_head_dim % 2:
         raise ConfigError(f"setting `model.attention_head_dim` is {model.attention_head_dim}: must be even (rotary)")
     vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))

@@ -213,7 +213,7 @@ class ARDiffusionStage(FlowMatchingStage, CausalGeneratorStage):
         extra = {
             "text_len": self.config.model.text_len,
             "frames_per_chunk": self.config.video.frames_per_chunk,
-            "compressor": self.config.cache.compressor.kind.value,
+            "compressor": self.config.cache.compressor.kind,
             "compressor_channels": tuple(self.config.cache.compressor.channels),
         }
         with torch.random.fork_rng(devices=[]):
