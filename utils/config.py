@@ -233,6 +233,18 @@ class TrainConfig:
 
 
 @dataclass
+class StoryConfig:
+    """Stories of the sprite world as training clips (`utils/sprites/story.py`): a caption and a weight a chunk. Where
+    `video.frames_per_chunk` is 1 every chunk is a still, encoded alone."""
+
+    count: int = 0
+    chunks: int = 5
+    shot_chunks: list[int] = field(default_factory=lambda: [1, 1])  # least and most of a shot
+    share: float = 1.0  # of samples that show a story; the others show a clip of one shot
+    first_weight: float = 1.0  # in the loss, of chunks of a character's first shot; those of returning shots have 1
+
+
+@dataclass
 class DataConfig:
     kind: str = "sprites"  # sprites: rendered on the fly; latents: a folder of prepared shards; prompts: text alone
     path: str | None = None  # folder of latent shards (written once where kind is sprites), or a file of prompts
@@ -240,6 +252,7 @@ class DataConfig:
     num_clips: int = 4096
     num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
     clip_frames: int = 45  # pixel frames; 4n + 1
+    stories: StoryConfig = field(default_factory=StoryConfig)
     text_embeddings: str | None = None  # folder of stored prompt embeddings, in place of a text encoder in training
     shard_size: int = 64  # videos per file of latents (scripts/prepare_data.py)
     workers: int = 2  # processes per rank that read videos (scripts/prepare_data.py); 0: the main one

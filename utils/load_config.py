@@ -176,6 +176,15 @@ def validate(config: Config) -> None:
     require(data.kind in ("sprites", "latents", "prompts"), "data.kind", data.kind,
             "must be sprites, latents or prompts")  # fmt: skip
     require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
+    stories = data.stories
+    require(len(stories.shot_chunks) == 2 and 1 <= stories.shot_chunks[0] <= stories.shot_chunks[1],
+            "data.stories.shot_chunks", stories.shot_chunks, "must be [least, most], at least 1")  # fmt: skip
+    for name in ("share", "first_weight"):
+        value = getattr(stories, name)
+        require(0 <= value <= 1, f"data.stories.{name}", value, "must lie in [0, 1]")
+    require(stories.count >= 0, "data.stories.count", stories.count, "must not be negative")
+    require(stories.chunks >= 1, "data.stories.chunks", stories.chunks, "must be at least 1")
+    require(not stories.count or data.kind == "sprites", "data.stories.count", stories.count, "needs data.kind=sprites")
     require(data.shard_size >= 1, "data.shard_size", data.shard_size, "must be at least 1")
     require(data.workers >= 0, "data.workers", data.workers, "must not be negative")
     for name, largest in (("crop_height", video.height), ("crop_width", video.width)):

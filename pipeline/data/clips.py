@@ -23,6 +23,7 @@ from pipeline.data.shards import Shards, ShardWriter, read_notes, read_plan, sha
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator
+from utils.sprites.story import first_frame, render_stills, render_story, sample_story
 from utils.sprites.world import caption, render, sample_spec
 
 CLIPS, COMMAND = "clips", "python -m scripts.prepare_data"
@@ -66,6 +67,40 @@ class SpriteClips:
     def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
         spec = sample_spec(self.seed, index)
         return render(spec, self.frames, self.height, self.width), {"caption": caption(spec)}
+
+
+@dataclass(frozen=True)
+class StoryClips:
+    """The first `count` training stories; a record has `captions` and `returning`, both one a chunk."""
+
+    seed: int
+    count: int
+    chunks: int
+    shot_chunks: tuple[int, int]
+    stills: bool
+    height: int
+    width: int
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        kind = "stills" if self.stills else "stories"
+        shots = "-".join(map(str, self.shot_chunks))
+        size = f"{self.height}x{self.width}"
+        return {"source": f"{kind} seed={self.seed} chunks={self.chunks} shots={shots} size={size}"}
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames of a story."""
+        return self.chunks if self.stills else first_frame(self.chunks)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        story = sample_story(self.seed, index, self.chunks, self.shot_chunks)
+        frames = (render_stills if self.stills else render_story)(story, self.height, self.width)
+        captions = story.captions
+        return frames, {"caption": captions[0], "captions": captions, "returning": story.returning}
 
 
 def write_clips(

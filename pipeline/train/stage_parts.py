@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from model.causal_wan import CausalWanModel
 from model.weights import CheckpointError, cast_weights, content_hash
 from pipeline.bundle import load_library_model, read_json, vae_shape_of
-from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, write_clips
+from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, StoryClips, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts
 from pipeline.data.text import TextEmbeddings
 from pipeline.data.vae_clip import channels_last, encode_frames
@@ -28,6 +29,7 @@ from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.parallel import plain_copy
 from utils.config import Config, ConfigError, TextPlacement
 from utils.distributed import World, barrier
+from utils.rng import keyed_generator
 
 log = logging.getLogger(__name__)
 
@@ -169,60 +171,90 @@ class TrainingClip(NamedTuple):
 
 @dataclass
 class LatentData:
-    """Cached latents: whole clips, and stills (clips of one frame) for phases of one latent frame."""
+    """Cached latents: clips of one shot, stills (clips of one frame) for phases of one latent frame, and stories."""
 
-    clips: LatentClips
+    clips: LatentClips | None
     stills: LatentClips | None
+    stories: LatentClips | None
     vae_folder: Path
+    config: Config
 
     @classmethod
     def load(cls, config: Config, device: torch.device, world: World) -> LatentData:
         """Read `data.path`; where `data.kind` is sprites, render and encode what is missing there first."""
-        data = config.data
+        data, video = config.data, config.video
         if data.kind == "prompts":
             raise ConfigError("setting `data.kind` is prompts: this stage learns from clips; use sprites or latents")
         vae_folder = need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
         if data.path is None:
             raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
-        parts = {"clips": (data.num_clips, data.clip_frames), "stills": (data.num_stills, 1)}
-        folders = {name: Path(data.path) / name for name, (count, _) in parts.items() if count}
+        size, told = (video.height, video.width), data.stories
+        sources = {
+            "clips": SpriteClips(config.seed, data.num_clips, data.clip_frames, *size),
+            "stills": SpriteClips(config.seed, data.num_stills, 1, *size),
+            "stories": StoryClips(
+                config.seed, told.count, told.chunks, tuple(told.shot_chunks), video.frames_per_chunk == 1, *size
+            ),
+        }
+        folders = {name: Path(data.path) / name for name, source in sources.items() if len(source)}
         if data.kind == "sprites":
             vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
             vae_hash = content_hash(vae_folder)
             for name, folder in folders.items():
-                count, frames = parts[name]
-                source = SpriteClips(config.seed, count, frames, config.video.height, config.video.width)
-                encode = partial(encode_frames, vae)
-                write_clips(source, encode, vae_hash, folder, world, batch=max(1, FRAMES_AT_ONCE // frames))
+                source = sources[name]
+                one_by_one = name == "stories" and source.stills
+                encode = partial(_encode_stills if one_by_one else encode_frames, vae)
+                write_clips(source, encode, vae_hash, folder, world, batch=max(1, FRAMES_AT_ONCE // source.frames))
                 barrier(world)  # finished on every rank before one reads it
         loaded = {name: LatentClips(folder) for name, folder in folders.items()}
         for name, folder in folders.items():
             _check_latents(loaded[name], folder, vae_folder, config)
-        return cls(loaded["clips"], loaded.get("stills"), vae_folder)
+        return cls(*(loaded.get(name) for name in sources), vae_folder, config)
+
+    @property
+    def _any(self) -> LatentClips:
+        return self.stories if self.clips is None else self.clips
 
     @property
     def frames(self) -> int:
-        return self.clips.frames
+        return self._any.frames
 
     @property
     def channels(self) -> int:
-        return self.clips.shape[0]
+        return self._any.shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
         """Latent height and width."""
-        return self.clips.shape[-2:]
+        return self._any.shape[-2:]
 
     def sample(self, seed: int, index: int, frames: int) -> TrainingClip:
-        """The first `frames` latent frames of the clip that sample `index` shows.
+        """The first `frames` latent frames of the clip or story that sample `index` shows.
 
         A crop starts at latent frame 0, as that one alone stands for a single pixel frame.
         """
+        told = self.config.data.stories
+        share = torch.rand((), generator=keyed_generator(seed, "story", index)).item()
         source = self.stills if frames == 1 and self.stills is not None else self.clips
+        if self.stories is not None and (source is None or share < told.share):
+            source = self.stories
         if frames > source.frames:
             raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
         clip = source.clip_of(seed, index)
-        return TrainingClip(source[clip][:, :frames], [source.captions[clip]])
+        latents, record = source[clip][:, :frames], source.records[clip]
+        if self.stories is None:
+            return TrainingClip(latents, [record["caption"]])
+        chunks = frames // self.config.video.frames_per_chunk
+        if source is not self.stories:
+            return TrainingClip(latents, [record["caption"]] * chunks)
+        weights = [1.0 if back else told.first_weight for back in record["returning"][:chunks]]
+        return TrainingClip(latents, record["captions"][:chunks], weights)
+
+
+def _encode_stills(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
+    """uint8 [B, F, H, W, 3] -> latents [B, C, F, h, w], every frame encoded alone."""
+    latents = encode_frames(vae, frames.reshape(-1, 1, *frames.shape[2:]))  # [B * F, C, 1, h, w]
+    return latents.unflatten(0, frames.shape[:2])[:, :, :, 0].transpose(1, 2)
 
 
 def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:

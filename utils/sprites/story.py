@@ -162,6 +162,13 @@ def render_story(story: Story, height: int = HEIGHT, width: int = WIDTH) -> np.n
     return np.concatenate([render(shot.spec, len(shot.frames), height, width) for shot in story.shots])
 
 
+def render_stills(story: Story, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """One frame a chunk, that in its middle: uint8 [chunks, height, width, 3]."""
+    middle, apart = STRIDE * FRAMES_PER_CHUNK // 2, STRIDE * FRAMES_PER_CHUNK
+    shots = [render(shot.spec, apart * shot.chunks, height, width)[middle::apart] for shot in story.shots]
+    return np.concatenate(shots)
+
+
 def score_story(frames: np.ndarray, story: Story) -> list[RecallMark]:
     """Read every returning shot of a video uint8 [F, H, W, 3] that was made from the story's captions."""
     marks = []
