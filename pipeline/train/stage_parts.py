@@ -30,6 +30,7 @@ from pipeline.train.parallel import plain_copy
 from utils.config import Config, ConfigError, TextPlacement
 from utils.distributed import World, barrier
 from utils.rng import keyed_generator
+from utils.sprites.story import FRAMES_PER_CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,9 @@ class LatentData:
         if data.path is None:
             raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
         size, told = (video.height, video.width), data.stories
+        if told.count and video.frames_per_chunk not in (1, FRAMES_PER_CHUNK):
+            found = f"setting `video.frames_per_chunk` is {video.frames_per_chunk}"
+            raise ConfigError(f"{found}: stories are cut in chunks of {FRAMES_PER_CHUNK}, or of 1 as stills")
         sources = {
             "clips": SpriteClips(config.seed, data.num_clips, data.clip_frames, *size),
             "stills": SpriteClips(config.seed, data.num_stills, 1, *size),
