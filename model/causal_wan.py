@@ -29,7 +29,7 @@ from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
 from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
-from model.rope import Rotation, grid_positions, grid_rotation
+from model.rope import Rotation, grid_positions, grid_rotation, precise
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +260,7 @@ class CausalWanModel(WanTransformer3DModel):
         return MidTokens(hidden.unflatten(0, latents.shape[:2]), chunk_ids)
 
     def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:
-        times = torch.arange(frames, dtype=torch.float64, device=device)
+        times = torch.arange(frames, dtype=precise(device), device=device)
         rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
         return grid_rotation(times.repeat(2) if repeat else times, rows, cols, self.config.attention_head_dim)
 

@@ -14,6 +14,7 @@ import torch
 from model.geometry import ChunkGeometry
 
 THETA = 10000.0
+WITHOUT_FLOAT64 = {"mps", "xpu"}  # device types; some Intel GPUs have it, slowly
 
 
 def rope_dims(head_dim: int) -> tuple[int, int, int]:
@@ -22,10 +23,16 @@ def rope_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
+def precise(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that do not have it."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 def _angles(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """positions [..., N] -> float64 angles [..., N, dim / 2]."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-    return positions.to(torch.float64)[..., None] * THETA**-exponents
+    """positions [..., N] -> angles [..., N, dim / 2], as precise as the device is."""
+    dtype = precise(positions.device)
+    exponents = torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim
+    return positions.to(dtype)[..., None] * THETA**-exponents
 
 
 class Rotation:
@@ -64,12 +71,12 @@ def grid_rotation(times: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, h
 
     Args:
         times: [F] or [B, F] temporal positions in latent frames.
-        rows, cols: [h] and [w] spatial positions in patches.
+        rows, cols: [h] and [w] spatial positions in patches, on the device where the rotation is wanted.
 
     Returns:
         `Rotation` for L = F*h*w tokens.
     """
-    times = times if times.ndim == 2 else times[None]  # [B or 1, F]
+    times = (times if times.ndim == 2 else times[None]).to(rows)  # [B or 1, F]
     dim_t, dim_h, dim_w = rope_dims(head_dim)
     shape = (times.shape[0], times.shape[1], len(rows), len(cols))
     parts = (
@@ -95,7 +102,7 @@ def grid_positions(size: int, full_size: int, aligned: bool, device: torch.devic
 
     `aligned`: the centre of the patches a token stands for, (i + 0.5) * full_size / size - 0.5; else 0..size-1.
     """
-    index = torch.arange(size, dtype=torch.float64, device=device)
+    index = torch.arange(size, dtype=precise(torch.device(device)), device=device)
     return (index + 0.5) * full_size / size - 0.5 if aligned else index
 
 
@@ -112,6 +119,6 @@ def chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device:
 
 
 def _chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
-    times = start + torch.arange(geometry.frames, dtype=torch.float64, device=device)
+    times = start + torch.arange(geometry.frames, dtype=precise(device), device=device)
     rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
     return grid_rotation(times, rows, cols, head_dim)

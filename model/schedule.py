@@ -6,6 +6,8 @@ Noising and flow <-> x0 conversions snap a timestep to its nearest table entry, 
 
 import torch
 
+from model.rope import precise
+
 NUM_TIMESTEPS = 1000
 WAN_SHIFT = 5.0  # of Wan2.1 at 480p
 
@@ -54,10 +56,10 @@ class FlowMatchSchedule:
         return self.training_weights.to(timestep.device)[self.index(timestep)]
 
     def _sigma_like(self, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """timestep [B] or [B, F] -> sigma that broadcasts over latents [B, C, F, H, W], float64."""
-        sigma = self.sigma(timestep).double()
+        """timestep [B] or [B, F] -> sigma that broadcasts over latents [B, C, F, H, W], as precise as their device."""
+        sigma = self.sigma(timestep)
         sigma = sigma[:, None] if sigma.ndim == 1 else sigma
-        return sigma[:, None, :, None, None].to(latents.device)  # [B, 1, F or 1, 1, 1]
+        return sigma[:, None, :, None, None].to(latents.device, precise(latents.device))  # [B, 1, F or 1, 1, 1]
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """x0, noise [B, C, F, H, W], timestep [B] or [B, F] -> x_t."""
@@ -66,8 +68,8 @@ class FlowMatchSchedule:
 
     def flow_to_x0(self, flow: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sigma = self._sigma_like(timestep, flow)
-        return (x_t.double() - sigma * flow.double()).to(flow.dtype)
+        return (x_t.to(sigma) - sigma * flow.to(sigma)).to(flow.dtype)
 
     def x0_to_flow(self, x0: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sigma = self._sigma_like(timestep, x0)
-        return ((x_t.double() - x0.double()) / sigma).to(x0.dtype)
+        return ((x_t.to(sigma) - x0.to(sigma)) / sigma).to(x0.dtype)

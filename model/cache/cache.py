@@ -250,7 +250,7 @@ class PackCache:
     def _own_mid_rotation(self, device: torch.device) -> Rotation:
         frames = self.mid_grid[0]
         times = frame_times(0, self.geometry.frames, frames)
-        return grid_rotation(times.to(device), *self.mid_axes(device), self.head_dim)
+        return grid_rotation(times, *self.mid_axes(device), self.head_dim)
 
     def mid_axes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column positions of compressed tokens."""

@@ -245,7 +245,7 @@ class ChunkContext:
         if key not in self._rotations:
             times = starts[..., None] + frame_times(0, self.mid_span, self.cache.mid_grid[0])  # [B or 1, k, frames]
             axes = self.cache.mid_axes(device)
-            self._rotations[key] = grid_rotation(times.flatten(1).to(device), *axes, self.cache.head_dim)
+            self._rotations[key] = grid_rotation(times.flatten(1), *axes, self.cache.head_dim)
         return self._rotations[key]
 
     def archived_latents(self) -> tuple[list[int], torch.Tensor]:

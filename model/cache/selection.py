@@ -10,7 +10,7 @@ Shapes: B batch, L tokens, h scored heads, D head dim, M archived chunks.
 
 import torch
 
-from model.rope import Rotation, time_rotation
+from model.rope import Rotation, precise, time_rotation
 
 
 def sampled_queries(num_tokens: int, fraction: float, minimum: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def affinity(mean_query: torch.Tensor, mean_keys: torch.Tensor, shifts: torch.Te
         float32 [B, M].
     """
     dim = mean_query.shape[-1]
-    keys = time_rotation(shifts.to(mean_keys.device), dim)(mean_keys)  # [B, M, h, D]
+    keys = time_rotation(shifts.to(mean_keys.device, precise(mean_keys.device)), dim)(mean_keys)  # [B, M, h, D]
     # Not an einsum: autocast would take it in bfloat16, and training would choose otherwise than inference.
     return (mean_query[:, None] * keys).sum((-2, -1)) / (dim**0.5 * mean_query.shape[1])
 

@@ -43,6 +43,7 @@ from utils.video import VideoWriter
 log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("cpu", "cuda", "cuda:N", "mps", "xpu")
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "av")
 
 
@@ -57,15 +58,20 @@ class Runtime:
 def resolve_runtime(config: Config) -> Runtime:
     """`auto` settings made definite. Raises `ConfigError` for a device, dtype or backend that is not there."""
     settings = config.inference
-    name = settings.device
+    name, expected = settings.device, ", ".join(DEVICES)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"setting `inference.device` is {name}: expected auto, cpu or cuda[:n]") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"setting `inference.device` is {name}: no CUDA device is available; use cpu or auto")
+        raise ConfigError(f"setting `inference.device` is {name}: expected auto or {expected}") from error
+    if device.type not in DEVICES:
+        raise ConfigError(f"setting `inference.device` is {name}: expected auto or {expected}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"setting `inference.device` is {name}: not there ({reason}); use auto or cpu") from error
     dtype = settings.dtype
     if dtype == "auto":
         can = torch.cpu.get_capabilities()
