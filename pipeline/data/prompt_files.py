@@ -1,14 +1,13 @@
 """Prompt files: plain text, CSV, JSON and JSON lines. Needs no heavy import, so that a mistake shows at once."""
 
 import csv
-import difflib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.schedule import Prompt, check_keys, number, read_prompt
 from utils.config import ConfigError
 
 _BINARY_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -18,7 +17,7 @@ _BINARY_MARKS = (b"\xff\xfe", b"\xfe\xff")
 class PromptItem:
     """A prompt and what its own line sets; None: as the config says."""
 
-    prompt: str
+    prompt: Prompt
     seed: int | None = None
     seconds: float | None = None
     negative_prompt: str | None = None
@@ -30,6 +29,7 @@ FIELDS = tuple(PromptItem.__dataclass_fields__)
 def read_prompt_items(path: str | Path) -> list[PromptItem]:
     """The prompts of a file: a line each, blank ones skipped; or, by its ending, rows of a `.csv`, objects or strings
     of a `.json` list, lines of a `.jsonl`, with the keys `prompt` and, optional, `seed`, `seconds`, `negative_prompt`.
+    In the JSON forms `prompt` may be a schedule (`pipeline/data/schedule.py`).
 
     Raises `ConfigError` where there is none, or naming the row that cannot be used.
     """
@@ -96,31 +96,14 @@ def _item(row: Any, where: str) -> PromptItem:
         row = {"prompt": row}
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: expected a prompt or an object with one, found {type(row).__name__}")
-    for key in row:
-        near = difflib.get_close_matches(str(key), FIELDS, n=1, cutoff=0.75)
-        if key not in FIELDS and near:
-            raise ConfigError(f"{where}: unknown key `{key}`; did you mean `{near[0]}`?")
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}: `prompt` is {prompt!r}, expected text")
+    check_keys(row, FIELDS, where)
+    prompt = read_prompt(row.get("prompt"), where)
     negative = row.get("negative_prompt")
     if not isinstance(negative, str | None):
         raise ConfigError(f"{where}: `negative_prompt` is {negative!r}, expected text")
-    seed, seconds = (_number(row.get(name), name, where) for name in ("seed", "seconds"))
+    seed, seconds = (None if row.get(name) is None else number(row[name], name, where) for name in ("seed", "seconds"))
     if seed is not None and seed != int(seed):
         raise ConfigError(f"{where}: `seed` is {row['seed']!r}, expected a whole number")
     if seconds is not None and seconds <= 0:
         raise ConfigError(f"{where}: `seconds` is {row['seconds']!r}, expected a positive number")
-    return PromptItem(" ".join(prompt.split()), None if seed is None else int(seed), seconds, negative)
-
-
-def _number(value: Any, name: str, where: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ConfigError(f"{where}: `{name}` is {value!r}, expected a number")
-    return number
+    return PromptItem(prompt, None if seed is None else int(seed), seconds, negative)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 from pipeline.data.clips import LatentClips
 from pipeline.data.prompt_files import read_prompt_items
+from pipeline.data.schedule import texts
 from utils.config import Config, ConfigError
 from utils.sprites.world import HELD_OUT_START, caption, sample_spec
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, without what its lines may set (`pipeline/data/prompt_files.py`). Raises `ConfigError`."""
-    return [item.prompt for item in read_prompt_items(path)]
+    """The texts of a file, without what its lines may set (`pipeline/data/prompt_files.py`). Raises `ConfigError`."""
+    return [text for item in read_prompt_items(path) for text in texts(item.prompt)]
 
 
 def sample_prompts(config: Config) -> list[str]:

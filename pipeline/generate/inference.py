@@ -34,9 +34,9 @@ from pipeline.bundle import (
     transformer_settings,
     transformer_source,
 )
+from pipeline.data.schedule import texts
 from pipeline.generate.jobs import Job, resolved
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
-from pipeline.generate.rollout import prompt_noise
 from utils.config import Config, ConfigError
 from utils.video import VideoWriter
 
@@ -171,9 +171,9 @@ class VideoMaker:
 
     def __init__(self, pipe: PackForcingPipeline, jobs: list[Job], weights: dict[str, str], runtime: Runtime):
         self.pipe, self.weights, self.runtime = pipe, weights, runtime
-        prompts = [job.prompt for job in jobs]
-        prompts += [job.config.sampler.negative_prompt for job in jobs if job.config.sampler.guidance != 1]
-        self.embeddings = {prompt: pipe.encode_prompt(prompt) for prompt in dict.fromkeys(prompts)}
+        wanted = [text for job in jobs for text in texts(job.prompt)]
+        wanted += [job.config.sampler.negative_prompt for job in jobs if job.config.sampler.guidance != 1]
+        pipe.encode_ahead(wanted)
         pipe.register_modules(text_encoder=None)
 
     def make_all(self, jobs: list[Job], show_progress: bool = True) -> dict[str, str]:
@@ -195,7 +195,6 @@ class VideoMaker:
         if job.video.is_dir():
             raise ConfigError(f"{job.video} is a folder: remove it or choose another output folder")
         config, video = job.config, job.config.video
-        guided = config.sampler.guidance != 1
         start, report, chunks = time.perf_counter(), {}, 0
         frames = self.pipe.vae_shape.frames(config.inference.num_output_frames)
         with (
@@ -206,9 +205,10 @@ class VideoMaker:
             ) as progress,
         ):  # fmt: skip
             for chunk in self.pipe.stream(
-                prompt_embeds=self.embeddings[job.prompt],
-                negative_prompt_embeds=self.embeddings[config.sampler.negative_prompt] if guided else None,
-                noise=prompt_noise(config.seed, [job.prompt], [job.sample]),
+                prompt=[job.prompt],
+                negative_prompt=config.sampler.negative_prompt,
+                seed=config.seed,
+                samples=[job.sample],
                 num_frames=frames,
                 output_type="uint8",
             ):

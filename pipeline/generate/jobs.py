@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from pipeline.data.prompt_files import PromptItem
+from pipeline.data.schedule import Prompt, texts
 from utils.config import Config, ConfigError
 
 _SLUG_LENGTH = 60
@@ -35,7 +36,7 @@ class Job:
     """One video: sample `sample` of item `index` (blank lines not counted) of the prompts, under `config`."""
 
     index: int
-    prompt: str
+    prompt: Prompt
     sample: int
     video: Path
     config: Config
@@ -64,7 +65,7 @@ def plan(items: list[PromptItem], folder: str | Path, config: Config, frames_of:
     for index, item in enumerate(items):
         own = _own_settings(config, item, frames_of)
         for sample in range(config.inference.num_samples):
-            name = f"{index:04d}_{slug(item.prompt)}{f'_s{sample}' if sample else ''}.mp4"
+            name = f"{index:04d}_{slug(texts(item.prompt)[0])}{f'_s{sample}' if sample else ''}.mp4"
             jobs.append(Job(index, item.prompt, sample, Path(folder) / name, own))
     return jobs
 
@@ -97,7 +98,7 @@ def resolved(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
-def what_was_made(prompt: str, sample: int, config: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
+def what_was_made(prompt: Prompt, sample: int, config: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
     """Everything a video is a function of, flat: {"cache.top_k": 16, ...}."""
     flat: dict[str, Any] = {"prompt": prompt, "sample": sample}
     for section, values in config.items():

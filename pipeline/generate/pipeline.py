@@ -23,16 +23,16 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import snapshot_download
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from pipeline.bundle import VAEShape, read_scheduler
-from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback, prompt_noise
+from pipeline.data.schedule import Prompt
+from pipeline.generate.conditioning import Conditioning, prompts_of
+from pipeline.generate.rollout import NoiseSource, Rollout, StepCallback
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
@@ -101,7 +101,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             cache=cache if cache is not None else asdict(UNTRAINED_CACHE), sampler=sampler or {}, video=video or {}
         )
         stride = VAEShape(vae.config.z_dim, vae.config.scale_factor_temporal, vae.config.scale_factor_spatial)
-        self.vae_shape = stride
+        self.vae_shape, self._encoded = stride, {}
         self.video_processor = VideoProcessor(vae_scale_factor=stride.spatial_stride)
 
     @classmethod
@@ -143,8 +143,15 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """[1, n, text_dim], n <= text_len; without the zeros that the model pads with."""
+        if prompt in self._encoded:
+            return self._encoded[prompt]
         text_len = self.transformer.config.text_len
         return encode_prompt(self.tokenizer, self.text_encoder, prompt, text_len, self._execution_device)
+
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Encode texts and remember them; calls that ask for no others run without the text encoder."""
+        for prompt in prompts:
+            self._encoded[prompt] = self.encode_prompt(prompt)
 
     def num_chunks(self, num_frames: int) -> int:
         """Chunks that hold at least `num_frames` pixel frames."""
@@ -153,7 +160,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompt | Sequence[Prompt] | None = None,
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -171,19 +178,23 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seconds: float | None = None,
         seed: int | None = None,
+        samples: Sequence[int] | None = None,
         cache: dict[str, Any] | CacheConfig | None = None,
         noise: NoiseSource | None = None,
     ) -> WanPipelineOutput | tuple:
         """Generate whole videos. Arguments are those of diffusers' `WanPipeline`; None: what the pipeline says.
 
         Args:
+            prompt: a text, a schedule `[{"at": seconds, "prompt": text}, ...]`, or a list of those, a video each.
             num_frames: pixel frames of each video; chunks are generated whole and the rest of the last one is cut off.
             num_inference_steps: of the many-step sampler (`sampler.kind=euler`); few-step models have their steps.
             guidance_scale: 1 turns classifier-free guidance off.
             generator: source of all noise, in place of `seed`.
             latents: noise that the chunks start from, [B, C, F, H, W].
             seconds: in place of `num_frames`, rounded up to whole chunks.
-            seed: noise depends on nothing but (seed, prompt, number of that prompt's video, chunk, step); default 0.
+            seed: noise depends on nothing but (seed, text of the chunk's prompt, number of that prompt's video, chunk,
+                step), so a schedule's later prompts do not change what comes before them; default 0.
+            samples: those numbers, one a video, in place of 0, 1, ... for each prompt.
             cache: settings to change for this call, `{"top_k": 4}`, or all of them.
             noise: source of all noise by (chunk, step, shape), in place of `seed` and `generator`.
 
@@ -214,16 +225,15 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
         self._check(asked)
-        video, per_prompt = self.video_config, asked.num_videos_per_prompt
+        video = self.video_config
         sampler = self._sampler(asked)
-        names, embeds, negative = self._conditioning(asked, sampler)
-        names = [name for name in names for _ in range(per_prompt)]
+        conditioning = Conditioning.of(self, asked, sampler)
         rollout = Rollout(
             self.transformer,
             self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache),
             sampler,
-            Prompts(embeds.repeat_interleave(per_prompt, 0), negative),
-            self._noise(asked, names),
+            conditioning.parts[0],
+            conditioning.noise(asked),
             device=self._execution_device,
         )
         if asked.callback_on_step_end is not None:
@@ -231,7 +241,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         frames = asked.num_frames
         if frames is None:
             frames = self._default_frames if asked.seconds is None else math.ceil(asked.seconds * video.fps)
-        yield from self._decoded(rollout, self.num_chunks(frames), asked.num_frames, asked.output_type)
+        for chunk in self._decoded(rollout, self.num_chunks(frames), asked.num_frames, asked.output_type):
+            yield chunk
+            rollout.prompts = conditioning.parts.get(chunk.index + 1, rollout.prompts)
         self.maybe_free_model_hooks()
 
     @property
@@ -295,38 +307,15 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 raise ConfigError(f"{name} is {value}: must be a positive number")
         if asked.output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type is {asked.output_type}: expected one of {', '.join(OUTPUT_TYPES)}")
+        if asked.samples is not None and asked.prompt is not None:
+            videos = len(prompts_of(asked.prompt)) * asked.num_videos_per_prompt
+            if len(asked.samples) != videos:
+                raise ConfigError(f"samples has {len(asked.samples)} numbers: give one for each of the {videos} videos")
         for name in asked.callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ConfigError(
                     f"callback_on_step_end_tensor_inputs has {name}: expected some of {self._callback_tensor_inputs}"
                 )
-
-    def _conditioning(self, asked: SimpleNamespace, sampler: SamplerConfig):
-        """Prompts (keys of the noise), embeddings [P, n, text_dim]; with guidance negative ones [1, n, text_dim]."""
-        embeds, negative = asked.prompt_embeds, asked.negative_prompt_embeds
-        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
-        if embeds is None:
-            names = [asked.prompt] if isinstance(asked.prompt, str) else list(asked.prompt)
-            embeds = pad_sequence([self.encode_prompt(name)[0] for name in names], batch_first=True)
-        else:
-            names = [f"embeds {number}" for number in range(len(embeds))]
-        if sampler.guidance == 1:
-            return names, embeds.to(**place), None
-        negative = self.encode_prompt(sampler.negative_prompt) if negative is None else negative
-        return names, embeds.to(**place), negative.to(**place)
-
-    def _noise(self, asked: SimpleNamespace, names: list[str]) -> NoiseSource:
-        if asked.noise is not None:
-            noise = asked.noise
-        elif asked.generator is not None:
-
-            def noise(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-                return randn_tensor((len(names), *shape), generator=asked.generator, dtype=torch.float32)
-
-        else:
-            samples = [names[:place].count(name) for place, name in enumerate(names)]
-            noise = prompt_noise(asked.seed or 0, names, samples)
-        return noise if asked.latents is None else _given_noise(asked.latents, noise)
 
     def _step_callback(self, rollout: Rollout, asked: SimpleNamespace) -> StepCallback:
         def call(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
@@ -350,18 +339,3 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         else:
             part = f"sampler.guidance={rollout.sampler.guidance}, the dtype or an untrained checkpoint"
         raise NotFiniteError(f"chunk {index}: its {what} are NaN or infinite; the likely part is {part}")
-
-
-def _given_noise(latents: torch.Tensor, further: NoiseSource) -> NoiseSource:
-    """Noise of the first step from `latents` [B, C, F, H, W], that of others from `further`."""
-
-    def draw(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-        frames = shape[1]
-        piece = latents[:, :, chunk * frames : (chunk + 1) * frames]
-        if step != 0:
-            return further(chunk, step, shape).to(latents)
-        if piece.shape[1:] != shape:
-            raise ConfigError(f"latents are {list(latents.shape)}: chunk {chunk} needs {list(shape)}")
-        return piece.float()
-
-    return draw

@@ -11,6 +11,7 @@ import transformers
 
 from pipeline.bundle import VAEShape, check_bundle, vae_shape
 from pipeline.data.prompt_files import PromptItem
+from pipeline.data.schedule import timeline
 from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, loras, resolve_runtime, weight_hashes
 from pipeline.generate.jobs import check_output_folder, is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
@@ -56,6 +57,8 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> 
             barrier(world)  # the others write only once the folder is the first rank's
             weights = weight_hashes(config)
             jobs = plan(items, folder, config, lambda length: latent_frames(length, config, vae))
+            for job in jobs[:: config.inference.num_samples]:
+                timeline(job.prompt, vae, config.video.frames_per_chunk, config.video.fps, f"prompt {job.index}")
             waiting = [job for job in jobs if not is_finished(job, weights)]
             barrier(world)  # every rank has the same list before a video is added
             if len(waiting) < len(jobs):
