@@ -4,26 +4,21 @@
     torchrun --nproc_per_node=2 train.py --config_path configs/tiny/teacher.yaml train.max_steps=5000
 
 A run lives in `train.logdir` (or --logdir): resolved config, log.jsonl, checkpoints, samples and, at the end, bundle/.
-Started again, it goes on from its last checkpoint.
+Started again, it goes on from its last checkpoint;
+Ctrl-C or SIGTERM saves one.
 """
 
 import argparse
-import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
-from pipeline.train.checks import check_run
-from pipeline.train.method import build_stage
-from pipeline.train.trainer import Trainer, TrainingDivergedError
+from utils.cli import run_command
 from utils.config import Config, ConfigError
-from utils.distributed import World, rank
 from utils.load_config import load_config, to_yaml
-from utils.tracking import Tracker
-
-USAGE_ERROR, DIVERGED = 2, 1
+from utils.tracking import Tracker, check_tracker
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,60 +32,63 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def find_logdir(config: Config) -> Path:
-    """The run's folder. Raises `ConfigError` where none is named."""
-    if config.train.logdir is None:
-        raise ConfigError("no folder for the run: give --logdir or set train.logdir")
-    return Path(config.train.logdir)
-
-
-def prepare_logdir(logdir: Path, config: Config, world: World) -> None:
-    """Create the run's folder and put the resolved config there. Raises `ConfigError` where that cannot be."""
-    if world.is_main:
-        try:
-            logdir.mkdir(parents=True, exist_ok=True)
-            (logdir / "config.yaml").write_text(to_yaml(config))
-        except OSError as error:
-            raise ConfigError(f"setting `train.logdir` is {logdir}: cannot be written ({error.strerror})") from error
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """Raises `ConfigError` for what the user can mend, `TrainingDivergedError` where training broke."""
+def configure(arguments: argparse.Namespace) -> tuple[Config, Path]:
+    """The config and the run's folder. Raises `ConfigError` for what can be seen to be wrong without torch."""
     config = load_config(arguments.config_path, arguments.overrides)
     if arguments.logdir is not None:
         config.train.logdir = arguments.logdir
     if arguments.disable_wandb:
         config.train.tracker = None
-    with rank() as (device, world):
-        logdir, save = find_logdir(config), not arguments.no_save
-        check_run(config, world, logdir, save)
-        prepare_logdir(logdir, config, world)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        torch.manual_seed(config.seed)
-        stage = build_stage(config, device, world)
-        settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-        tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
-        trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)
-        if config.train.compile:
-            stage.compile()
-        try:
-            trainer.run()
-        finally:
-            tracker.close()
+    if config.train.logdir is None:
+        raise ConfigError("no folder for the run: give --logdir or set train.logdir")
+    check_tracker(config.train.tracker)
+    return config, Path(config.train.logdir)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+def make_logdir(logdir: Path) -> None:
     try:
-        train(parse_arguments(arguments))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except TrainingDivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
-    return 0
+        logdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"setting `train.logdir` is {logdir}: cannot be written ({error.strerror})") from error
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for what the user can mend, `TrainingDivergedError` where training broke."""
+    config, logdir = configure(arguments)
+    import torch  # heavy, like what follows: after what can be checked without them
+
+    from pipeline.train.checks import check_run
+    from pipeline.train.method import build_stage
+    from pipeline.train.trainer import Trainer
+    from utils.distributed import barrier, rank
+    from utils.lock import locked
+
+    save = not arguments.no_save
+    with rank() as (device, world):
+        check_run(config, world, logdir, save)
+        make_logdir(logdir)
+        with locked(logdir, "train.logdir") if world.is_main else nullcontext():
+            barrier(world)  # the others go on only once the folder is the first rank's
+            if world.is_main:
+                (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            if config.train.threads is not None:
+                torch.set_num_threads(config.train.threads)
+            torch.manual_seed(config.seed)
+            stage = build_stage(config, device, world)
+            settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+            tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
+            try:
+                trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)
+                if config.train.compile:
+                    stage.compile()
+                trainer.run()
+            finally:
+                tracker.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return run_command(lambda: train(arguments))
 
 
 if __name__ == "__main__":

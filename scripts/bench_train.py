@@ -91,6 +91,9 @@ class Recorder:
     watch: Stopwatch
     steps: list[dict[str, Any]] = field(default_factory=list)
 
+    def start(self, step: int) -> None:
+        pass
+
     def log(self, values: dict[str, float], step: int) -> None:
         watch = self.watch
         self.steps.append({"all": values["seconds"], "seconds": dict(watch.seconds), "tokens": dict(watch.tokens),

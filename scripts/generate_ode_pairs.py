@@ -9,55 +9,49 @@ writes what is missing.
 """
 
 import argparse
-import logging
 import sys
 
-import torch
-
-from model.weights import content_hash
-from pipeline.bundle import transformer_source, vae_shape_of
-from pipeline.train.prompt_data import PromptData
-from pipeline.train.roles import check_student, latent_size, load_student, load_text
-from pipeline.train.stage_parts import need_folder
-from pipeline.train.trajectories import grid_points, write_trajectories
-from utils.config import Config, ConfigError
-from utils.distributed import World, rank
+from utils.cli import run_command
+from utils.config import ConfigError
 from utils.load_config import load_config
 
-USAGE_ERROR = 2
 
-
-def generate(config: Config, device: torch.device, world: World) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Write the shards that are missing. Raises `ConfigError`."""
+    config = load_config(arguments.config_path, arguments.overrides)
     if config.ode.path is None:
         raise ConfigError("setting `ode.path` is not set: name the folder to write trajectories to")
+    import torch  # heavy, like what follows: after what can be checked without them
+
+    from model.weights import content_hash
+    from pipeline.bundle import transformer_source, vae_shape_of
+    from pipeline.train.prompt_data import PromptData
+    from pipeline.train.roles import check_student, latent_size, load_student, load_text
+    from pipeline.train.stage_parts import need_folder
+    from pipeline.train.trajectories import grid_points, write_trajectories
+    from utils.distributed import rank
+
     check_student(config)
     grid_points(config)  # a student's step off the grid shows before a model is loaded
     vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
-    text = load_text(config, device)
-    data = PromptData.load(config, vae.channels, device, world)
-    model = load_student(config, text, device, vae.channels).eval().to(device)
-    weights = f"random, seed {config.seed}" if config.model.random_init else content_hash(transformer_source(config))
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
-        write_trajectories(config, model, text, data, latent_size(config, vae.spatial_stride), weights, world)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    with rank() as (device, world):
+        text = load_text(config, device)
+        data = PromptData.load(config, vae.channels, device, world)
+        model = load_student(config, text, device, vae.channels).eval().to(device)
+        random = config.model.random_init
+        weights = f"random, seed {config.seed}" if random else content_hash(transformer_source(config))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
+            write_trajectories(config, model, text, data, latent_size(config, vae.spatial_stride), weights, world)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML of the stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example ode.path=runs/pairs")
-    parsed = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        config = load_config(parsed.config_path, parsed.overrides)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        with rank() as (device, world):
-            generate(config, device, world)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    return 0
+    arguments = parser.parse_intermixed_args(argv)
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

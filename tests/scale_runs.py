@@ -22,6 +22,7 @@ from pipeline.data.shards import ShardWriter
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.parallel import whole
 from pipeline.train.state import RoleState
+from pipeline.train.trainer import Trainer
 from tests import tiny
 from utils import distributed
 from utils.distributed import World
@@ -172,7 +173,7 @@ def run_broken(argv: list[str], rank: int, steps: tuple[int, ...]) -> int:
 def placed(argv: list[str], output: Path) -> int:
     """Write to `output` which parameters of the stage, by role and name, are shards, and train nothing."""
 
-    def describe(trainer: train.Trainer) -> None:
+    def describe(trainer: Trainer) -> None:
         modules = {**trainer.stage.modules, **trainer.stage.frozen}
         shards = {
             f"{role}:{name}": isinstance(p, DTensor)
@@ -182,7 +183,7 @@ def placed(argv: list[str], output: Path) -> int:
         if trainer.world.is_main:
             output.write_text(json.dumps(shards))
 
-    train.Trainer.run = describe
+    Trainer.run = describe
     return run(argv)
 
 

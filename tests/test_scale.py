@@ -286,7 +286,7 @@ def test_ranks_must_fill_the_groups():
 def test_a_full_disk_is_noticed_before_anything_is_loaded(inputs, tmp_path, monkeypatch, capsys, stage):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100_000))
-    monkeypatch.setattr("train.build_stage", lambda *args: pytest.fail("models were loaded"))
+    monkeypatch.setattr("pipeline.train.method.build_stage", lambda *args: pytest.fail("models were loaded"))
     argv = arguments(inputs, tmp_path / "run", *stage_overrides(inputs, stage), *batch_of(1))
     assert scale_runs.run(argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]

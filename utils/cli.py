@@ -11,12 +11,16 @@ permission); an error's own `exit_status` where it has one; 128 + n after signal
 import logging
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import yaml
 
+log = logging.getLogger(__name__)
+
 USAGE_ERROR = 2
+SAME_SIGNAL = 3.0  # seconds: torchrun passes on the Ctrl-C that its ranks have had from the terminal already
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
@@ -24,8 +28,34 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: leaves like Ctrl-C, by way of every `finally`."""
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+@contextmanager
+def noted_signals(what_now: str) -> Iterator[Callable[[], int]]:
+    """SIGINT and SIGTERM are only noted in here, and `what_now` is said; yields a function that says which one came, 0:
+    none. Asked again later, they take effect at once."""
+    first: list[tuple[int, float]] = []
+
+    def note(number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not first:
+            first.append((number, now))
+            log.warning("%s: %s", signal.Signals(number).name, what_now)
+        elif now - first[0][1] > SAME_SIGNAL:
+            raise_signal(number)
+
+    before = {}
+    with suppress(ValueError):  # in the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield lambda: first[0][0] if first else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_signal(number: int) -> None:
+    """Leave as `run_command` does after signal `number`."""
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -36,7 +66,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with suppress(ValueError):  # signals can be handled in the main thread only
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))
     try:
         return command() or 0
     except KeyboardInterrupt as stop:

@@ -84,6 +84,15 @@ def average(tensors: Iterable[torch.Tensor], world: World) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def largest(value: int, world: World) -> int:
+    """The largest of the ranks' values."""
+    if world.size == 1:
+        return value
+    held = torch.tensor(value)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return int(held)
+
+
 def from_main(item: object, world: World) -> object:
     """The first rank's `item`, on every rank."""
     if world.size == 1:

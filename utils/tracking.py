@@ -1,57 +1,84 @@
-"""Where a run's numbers go: JSON lines in its folder, and wandb or tensorboard (by accelerate)."""
+"""Where a run's numbers go: JSON lines in its folder, and wandb or tensorboard. Both
+work offline (WANDB_MODE=offline)."""
 
 import json
-import logging
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import is_tensorboard_available, is_wandb_available
-
 from utils.config import ConfigError
 
-log = logging.getLogger(__name__)
+LOG = "log.jsonl"
+
+
+def check_tracker(kind: str | None) -> None:
+    """Raises `ConfigError` where the tracker's package is missing."""
+    if kind is not None and find_spec(kind) is None:
+        raise ConfigError(f"setting `train.tracker` is {kind}: its package is not installed (pip install {kind})")
 
 
 class Tracker:
-    """Writes scalar records; on ranks other than the first it writes nothing.
+    """Writes scalar records, between `start` and `close`; on ranks other than the first it writes nothing.
 
     Args:
-        folder: the run's folder; `log.jsonl` in it is appended to.
+        folder: the run's folder.
         kind: None, "wandb" or "tensorboard".
-        project: the tracker's project name; the run is named like the folder.
+        project: wandb's project; the run is named like the folder.
         config: the resolved settings, as plain containers.
-
-    Raises `ConfigError` where the tracker's package is missing.
     """
 
     def __init__(self, folder: Path, kind: str | None, project: str, config: dict[str, Any], is_main: bool):
-        self._file = None
-        self._tracker = None
-        if not is_main:
+        self.folder, self.kind, self.project, self.config, self.is_main = folder, kind, project, config, is_main
+        self._file = self._wandb = self._tensorboard = None
+
+    def start(self, step: int) -> None:
+        """Begin after `step`: records of later steps, which will be done again, are dropped."""
+        if not self.is_main:
             return
-        available = {"wandb": is_wandb_available, "tensorboard": is_tensorboard_available}
-        if kind is not None and not available[kind]():
-            raise ConfigError(f"setting `train.tracker` is {kind}: its package is not installed (pip install {kind})")
-        self._file = open(folder / "log.jsonl", "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        if kind == "wandb":
-            self._tracker = WandBTracker(project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
-        elif kind == "tensorboard":
-            self._tracker = TensorBoardTracker(project, logging_dir=str(folder / "tensorboard"))
-        if self._tracker is not None:
-            self._tracker.start()
-            if kind == "wandb":
-                self._tracker.store_init_configuration(config)
+        _rewind(self.folder / LOG, step)
+        self._file = open(self.folder / LOG, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - as long as the run
+        if self.kind == "wandb":
+            import wandb
+
+            self._wandb = wandb.init(project=self.project, name=self.folder.name, id=self.folder.name, resume="allow",
+                                     dir=str(self.folder), config=self.config)  # fmt: skip
+        elif self.kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self._file is not None:
             rounded = {key: float(f"{value:.6g}") for key, value in values.items()}
             self._file.write(json.dumps({"step": step, **rounded}) + "\n")
-        if self._tracker is not None:
-            self._tracker.log(values, step=step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Keep the records up to `step`, and no line that a killed run left unfinished."""
+    if not path.is_file():
+        return
+    lines, kept = path.read_text(encoding="utf-8").splitlines(keepends=True), []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if kept != lines:
+        partial = path.with_name(f"{LOG}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)

@@ -243,11 +243,14 @@ class Checkpoints:
         self.finish()
         partial = self._partial(step)
         if self.world.is_main:
-            for left in self.folder.glob(f"{_PARTIAL}*"):  # of a run that was killed
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-            (partial / _INFO).write_text(json.dumps(info, indent=2))
-            (partial / _CONFIG).write_text(self.config)
+            try:
+                for left in self.folder.glob(f"{_PARTIAL}*"):  # of a run that was killed
+                    shutil.rmtree(left)
+                partial.mkdir(parents=True)
+                (partial / _INFO).write_text(json.dumps(info, indent=2))
+                (partial / _CONFIG).write_text(self.config)
+            except OSError as error:
+                raise self._not_written(step, error) from error
         barrier(self.world)
         self._pending = step, dcp.async_save(
             tensors, storage_writer=_Writer(partial), process_group=self._group
@@ -265,13 +268,17 @@ class Checkpoints:
         (step, future), self._pending = self._pending, None
         try:
             future.result()
-        except CheckpointException as error:
-            raise OSError(f"checkpoint of step {step} could not be written: {_first_failure(error)}") from error
+        except (CheckpointException, OSError) as error:
+            reason = _first_failure(error) if isinstance(error, CheckpointException) else error
+            raise self._not_written(step, reason) from error
         if self.world.is_main:
             self._move(self._partial(step), f"{_PREFIX}{step:08d}")
             log.info("checkpoint of step %d is complete", step)
             for old in list_checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(self._move(old, f"{_PARTIAL}{old.name}"))  # half deleted, it must not look like one
+
+    def _not_written(self, step: int, reason: object) -> OSError:
+        return OSError(f"checkpoint of step {step} could not be written to {self.folder}: {reason}")
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{_PARTIAL}{step:08d}"

@@ -24,8 +24,9 @@ from pipeline.train.checkpoints import Checkpoints, read_info, read_into
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.train.state import RoleState
+from utils.cli import noted_signals, raise_signal
 from utils.config import Config, ConfigError
-from utils.distributed import World, average, barrier
+from utils.distributed import World, average, barrier, largest
 from utils.load_config import to_yaml
 from utils.timing import part
 from utils.tracking import Tracker
@@ -132,6 +133,7 @@ class Trainer:
         self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
         self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world)
         self.saved_step = self._resume()  # of the last checkpoint
+        tracker.start(self.step)
 
     def ema(self) -> Weights | None:
         """EMA weights of the roles, once they exist."""
@@ -139,36 +141,50 @@ class Trainer:
         return weights or None
 
     def run(self) -> None:
-        """Train to `train.max_steps`, then export. Raises `TrainingDivergedError`."""
-        try:
-            self._train()
-            if self.save and self.step != self.saved_step:
-                self._save_checkpoint()
-        finally:
-            self.checkpoints.finish()
-        if self.save:
-            self._written_once(lambda folder: self.stage.export(folder, self.ema()), self.logdir / "bundle")
+        """Train to `train.max_steps`, then export; after SIGINT or SIGTERM to any rank save a checkpoint and leave.
 
-    def _train(self) -> None:
-        train = self.config.train
+        Raises `TrainingDivergedError`.
+        """
+        what_now = "finishing this step" + ", then saving a checkpoint" * self.save
+        with noted_signals(what_now) as asked:
+            try:
+                signal = self._train(asked)
+                if self.save and self.step != self.saved_step:
+                    self._save_checkpoint()
+            finally:
+                self.checkpoints.finish()
+        if signal:
+            raise_signal(signal)
+        if self.save:
+            bundle = self.logdir / "bundle"
+            self._written_once(lambda folder: self.stage.export(folder, self.ema()), bundle)
+            if self.world.is_main:
+                log.info("wrote %s", bundle)
+
+    def _train(self, asked: Callable[[], int]) -> int:
+        """Steps up to the last, or to a signal, which is returned."""
+        train, signal = self.config.train, 0
         with tqdm(
             total=train.max_steps, initial=self.step, desc=self.stage.name, unit="step", disable=not self.world.is_main
         ) as bar:
-            while self.step < train.max_steps:
+            while self.step < train.max_steps and not signal:
                 start = time.perf_counter()
                 logs = self._train_step()
                 self.step += 1
                 seconds = time.perf_counter() - start
                 logs |= {"samples_per_s": self.plan.total(self.step - 1) / seconds, "seconds": seconds}
                 logs |= {"samples": self.plan.samples_before(self.step), "peak_gib": _peak_memory(self.device)}
-                if self.step % train.log_every == 0:
+                signal = largest(asked(), self.world)
+                if self.step % train.log_every == 0 or self.step == train.max_steps or signal:
                     self.tracker.log(logs, self.step)
                 bar.update()
                 bar.set_postfix_str(
                     f"{logs['samples_per_s']:.1f} samples/s, loss {logs['loss']:.4f}, {logs['peak_gib']:.1f} GiB",
                     refresh=False,
                 )
-                self._periodic()
+                if not signal:
+                    self._periodic()
+        return signal
 
     def _periodic(self) -> None:
         train = self.config.train
