@@ -16,6 +16,7 @@ import argparse
 import sys
 
 from pipeline.data.prompt_files import PromptItem, read_prompt_items
+from pipeline.sources import require_files
 from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config, validate
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         items = [PromptItem(" ".join(text.split())) for text in arguments.prompt if text.strip()]
     else:
         items = read_prompt_items(config.inference.data_path)
+    require_files(config)
     from pipeline.generate.run import run_jobs  # heavy: torch and diffusers, after what can be checked without them
 
     return run_jobs(config, items, arguments.seconds)

@@ -63,7 +63,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 def _files_of_index(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint index {index}: not a safetensors index (no `weight_map`)") from error
     absent = [name for name in names if not (index.parent / name).is_file()]

@@ -26,47 +26,20 @@ from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
 from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
+from pipeline.sources import bundle_folder, require_files, transformer_source
 from utils.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 
-REAL_MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-# Where the checkpoints of the seed's configs are published.
-_PUBLISHED = {
-    name: f"zhuhz22/Causal-Forcing chunkwise/{name}" for name in ("causal_ode.pt", "causal_cd.pt", "causal_forcing.pt")
-}
-_CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
-
-
-def bundle_folder(config: Config) -> Path:
-    """Where `model.bundle` points. Raises `ConfigError` where it is unset or not there."""
-    if config.model.bundle is None:
-        raise ConfigError("setting `model.bundle` is not set: name a folder with vae, text_encoder and tokenizer")
-    folder = Path(config.model.bundle)
-    if not folder.is_dir():
-        raise ConfigError(f"bundle {folder} does not exist; {_how_to_get(folder)}")
-    return folder
-
-
-def _how_to_get(folder: Path) -> str:
-    return f"for the real model: hf download {REAL_MODEL} --local-dir {folder}"
-
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(content).__name__}")
     return content
-
-
-def transformer_source(config: Config) -> Path:
-    """Where the transformer's weights come from: `model.checkpoint`, else the bundle's own."""
-    if config.model.checkpoint is not None:
-        return Path(config.model.checkpoint)
-    return bundle_folder(config) / "transformer"
 
 
 def transformer_settings(config: Config) -> dict:
@@ -106,22 +79,23 @@ def check_bundle(config: Config) -> None:
 
     Raises `ConfigError`, in one line: what is missing and where to get it, or which sizes do not go together.
     """
-    folder = bundle_folder(config)
-    missing = [name for name, file in _CONFIG_OF.items() if not (folder / name / file).is_file()]
-    if missing:
-        parts = ", ".join(f"{name}/{_CONFIG_OF[name]}" for name in missing)
-        raise ConfigError(f"bundle {folder} has no {parts}; {_how_to_get(folder)}")
+    require_files(config)
     for name in ("vae", "text_encoder"):
-        weight_files(folder / name)
+        weight_files(bundle_folder(config) / name)
     if not config.model.random_init:
-        if config.model.checkpoint is None and not (folder / "transformer").is_dir():
-            raise ConfigError(f"bundle {folder} has no transformer/; give model.checkpoint, or {_how_to_get(folder)}")
-        source = transformer_source(config)
-        if not source.exists() and source.name in _PUBLISHED:
-            raise ConfigError(f"checkpoint {source} does not exist; hf download {_PUBLISHED[source.name]}, and move "
-                              "it there or name it with --checkpoint_path")  # fmt: skip
-        weight_files(source)
+        weight_files(transformer_source(config))
     _check_sizes(config)
+    _warn_of_untrained_size(config)
+
+
+def _warn_of_untrained_size(config: Config) -> None:
+    """Where the bundle says what it was trained on."""
+    index = bundle_folder(config) / "model_index.json"
+    trained = read_json(index).get("video") if index.is_file() else None
+    for name in ("height", "width", "frames_per_chunk"):
+        now, then = getattr(config.video, name), (trained or {}).get(name)
+        if then not in (None, now):
+            log.warning("video.%s is %d: %s was trained on %d; expect worse videos", name, now, index.parent, then)
 
 
 @dataclass(frozen=True)

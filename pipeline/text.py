@@ -15,6 +15,7 @@ from utils.sprites.world import COLOURS, MOTIONS, PATTERNS, SHAPES
 log = logging.getLogger(__name__)
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+SMALL_VOCABULARY = 100  # words that fit a warning
 
 
 def encode_text(
@@ -55,11 +56,22 @@ def encode_prompt(
 
     One prompt at a time: in a batch the numbers, and so the video, would depend on the other prompts.
     """
+    warn_of_unknown_words(tokenizer, prompt)
     tokens = len(tokenizer(prompt).input_ids)
     if tokens > text_len:
         log.warning("prompt `%s...` has %d tokens: the model reads the first %d", prompt[:40], tokens, text_len)
     padded = encode_text(tokenizer, text_encoder, [prompt], text_len, device)  # [1, text_len, text_dim]
     return padded[:, : max(1, min(tokens, text_len))].clone()
+
+
+def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """A small vocabulary reads every word that it lacks as the same one."""
+    unknown = tokenizer.unk_token_id
+    lacking = [word for word in prompt.split() if unknown in tokenizer(word, add_special_tokens=False).input_ids]
+    if lacking:
+        words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+        known = f"; it knows {', '.join(words)}" if len(words) < SMALL_VOCABULARY else ""
+        log.warning("prompt `%s`: the text encoder does not know %s%s", prompt, ", ".join(lacking), known)
 
 
 def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

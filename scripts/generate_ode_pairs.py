@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch  # heavy, like what follows: after what can be checked without them
 
     from model.weights import content_hash
-    from pipeline.bundle import transformer_source, vae_shape_of
+    from pipeline.bundle import vae_shape_of
+    from pipeline.sources import transformer_source
     from pipeline.train.prompt_data import PromptData
     from pipeline.train.roles import check_student, latent_size, load_student, load_text
     from pipeline.train.stage_parts import need_folder

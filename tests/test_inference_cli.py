@@ -229,6 +229,16 @@ class TestBadInput:
             (["video.height=40"], {}, ["`video.height` is 40: must be a positive multiple of 16"]),
             ([], {"checkpoint_path": "none.pt"}, ["checkpoint none.pt does not exist"]),
             (["model.bundle=none"], {}, ["bundle none does not exist", "hf download"]),
+            (["model.bundle=runs/none"], {}, ["bundle runs/none does not exist; a training run writes it"]),
+            (
+                ["model.bundle=ckpt/Wan2.1-T2V-14B-Diffusers", "--lora", "none.safetensors"],
+                {"checkpoint_path": "ckpt/chunkwise/causal_cd.pt"},
+                [
+                    "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir ckpt/Wan2.1-T2V-14B-Diffusers; and ",
+                    "hf download zhuhz22/Causal-Forcing chunkwise/causal_cd.pt --local-dir ckpt; and ",
+                    "no file none.safetensors",
+                ],
+            ),
             (["inference.device=tpu9"], {}, ["`inference.device` is tpu9"]),
             (["inference.dtype=int8"], {}, ["`inference.dtype` is int8: expected auto, float32"]),
             (["inference.attention_backend=magic"], {}, ["`inference.attention_backend` is magic"]),
@@ -239,6 +249,13 @@ class TestBadInput:
     def test_one_clear_line(self, arguments, capsys, tmp_path, more, flags, expected):
         fails(capsys, arguments(tmp_path / "out", *more, **flags), *expected)
         assert not (tmp_path / "out").exists()
+
+    def test_a_folder_that_needs_another_step_is_named(self, arguments, capsys, tmp_path):
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        command = f"python -m scripts.export_checkpoint {tmp_path / 'run'} model.pt"
+        fails(capsys, arguments(tmp_path / "out", checkpoint_path=tmp_path / "run"), "is of a training run", command)
+        (tmp_path / "run" / "Wan2.1_VAE.pth").touch()
+        fails(capsys, arguments(tmp_path / "out", f"model.bundle={tmp_path / 'run'}"), "in Wan2.1's own layout")
 
     @pytest.mark.parametrize("content, expected", [(b"\n \n", "is empty"), (b"\xff\xfe\xfa", "not readable as UTF-8")])
     def test_prompt_file(self, arguments, capsys, tmp_path, content, expected):
@@ -330,6 +347,17 @@ def test_a_line_sets_seed_length_and_negative_prompt_of_its_video(arguments, fin
     sidecar = json.loads((out / f"0001{name}.json").read_text())
     assert (sidecar["seed"], sidecar["frames"]) == (5, 5)
     assert main(arguments(out, data_path=tmp_path / "p.json")) == 0
+
+
+def test_what_the_model_does_not_know_is_said(arguments, tmp_path, caplog):
+    prompt = ["--prompt", "a purple circle bounces over a blue field"]
+    assert main(arguments(tmp_path, *prompt, "video.width=64", data_path=None, num_output_frames=2)) == 0
+    known = "a, blue, bounces, checkerboard, circle, circles, down"
+    assert f"the text encoder does not know purple, field; it knows {known}" in caplog.text
+    assert "video.width is 64: " in caplog.text and "was trained on 48" in caplog.text
+    caplog.clear()
+    assert main(arguments(tmp_path, "--prompt", PROMPTS[0], data_path=None)) == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_prompts_on_the_command_line(arguments, finished, tmp_path):

@@ -58,5 +58,7 @@ def write_bundle(folder: Path, seed: int = 0) -> Path:
         tokenizer = sprite_tokenizer()
         text_encoder = small_text_encoder(len(tokenizer), text_dim=16, num_layers=1, num_heads=2)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-        PackForcingPipeline(tokenizer, text_encoder, vae(), scheduler, transformer()).save_pretrained(folder)
+        video = {"height": HEIGHT, "width": WIDTH, "frames_per_chunk": 2}
+        pipe = PackForcingPipeline(tokenizer, text_encoder, vae(), scheduler, transformer(), video=video)
+        pipe.save_pretrained(folder)
     return folder

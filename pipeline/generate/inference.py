@@ -25,18 +25,17 @@ from model.geometry import ChunkGeometry
 from model.weights import content_hash
 from pipeline.bundle import (
     VAEShape,
-    bundle_folder,
     load_scheduler,
     load_text_encoder,
     load_transformer,
     load_vae,
     place,
     transformer_settings,
-    transformer_source,
 )
 from pipeline.data.schedule import texts
 from pipeline.generate.jobs import Job, resolved
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.sources import bundle_folder, loras, transformer_source
 from utils.config import Config, ConfigError
 from utils.video import VideoWriter
 
@@ -105,27 +104,13 @@ def check_cache(config: Config, vae: VAEShape) -> None:
 
 def weight_hashes(config: Config) -> dict[str, str]:
     """SHA-256 of the weights a video depends on (the text encoder's, many times larger, are left to the path)."""
+    log.info("hashing the weights")
     hashes = {"vae": content_hash(bundle_folder(config) / "vae")}
     for number, (path, scale) in enumerate(loras(config)):
         hashes[f"lora{number}"] = f"{content_hash(path)} x {scale:g}"
     if config.model.random_init:
         return hashes | {"transformer": f"random, seed {config.seed}"}
     return hashes | {"transformer": content_hash(transformer_source(config))}
-
-
-def loras(config: Config) -> list[tuple[Path, float]]:
-    """(file, scale) of each entry of `model.lora`. Raises `ConfigError` for a file that is not there."""
-    found = []
-    for entry in config.model.lora:
-        path, colon, scale = entry.rpartition(":")
-        try:
-            file, factor = (Path(path), float(scale)) if colon else (Path(entry), 1.0)
-        except ValueError:  # the colon belongs to the path
-            file, factor = Path(entry), 1.0
-        if not file.exists():
-            raise ConfigError(f"setting `model.lora` is {entry}: there is no file {file}; expected PATH or PATH:SCALE")
-        found.append((file, factor))
-    return found
 
 
 def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
@@ -137,6 +122,7 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"setting `inference.attention_backend`: {backend} cannot be used here ({error})") from error
     if config.inference.compile:
+        log.info("the blocks are compiled in the first chunks, which take longer")
         model.compile_repeated_blocks(dynamic=True)  # the history grows over the first chunks
     return model
 

@@ -11,6 +11,7 @@ Everything that generates goes through `stream`: the command line, evaluation, s
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ from utils.video import to_uint8
 
 # A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
 UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig("identity"))
+log = logging.getLogger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
 
 
@@ -296,6 +298,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width = asked.height or video.height, asked.width or video.width
         if height % unit or width % unit:
             raise ConfigError(f"height and width are {height} and {width}: must be multiples of {unit} px")
+        if (height, width) != (video.height, video.width):
+            trained = f"{video.height}x{video.width}"
+            log.warning("the model was trained on %s, not on %dx%d: expect worse videos", trained, height, width)
         for first, second in (("prompt", "prompt_embeds"), ("num_frames", "seconds"), ("seed", "generator")):
             if getattr(asked, first) is not None and getattr(asked, second) is not None:
                 raise ConfigError(f"{first} and {second} are both given: leave one out")

@@ -12,7 +12,7 @@ import transformers
 from pipeline.bundle import VAEShape, check_bundle, vae_shape
 from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import timeline
-from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, loras, resolve_runtime, weight_hashes
+from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, resolve_runtime, weight_hashes
 from pipeline.generate.jobs import check_output_folder, is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
 from utils.config import Config, ConfigError
@@ -43,7 +43,6 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> 
     _quiet_libraries()
     SAMPLERS[config.sampler.kind]  # an unknown one shows here
     check_bundle(config)
-    loras(config)
     vae = vae_shape(config)
     if seconds is not None:
         config.inference.num_output_frames = latent_frames(seconds, config, vae)
@@ -65,7 +64,9 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> 
                 log.info("%d of %d videos are finished already in %s", len(jobs) - len(waiting), len(jobs), folder)
             mine, failed = waiting[world.rank :: world.size], {}
             if mine:
-                maker = VideoMaker(load_pipeline(config, runtime), mine, weights, runtime)
+                pipe = load_pipeline(config, runtime)
+                log.info("encoding the prompts of %d videos", len(mine))
+                maker = VideoMaker(pipe, mine, weights, runtime)
                 failed = maker.make_all(mine, show_progress=world.is_main)
             failures = {name: why for part in from_all(failed, world) for name, why in part.items()}
     finally:

@@ -11,7 +11,8 @@ from torch import nn
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.geometry import WAN_PATCH_SIZE
-from pipeline.bundle import read_json, transformer_settings, transformer_source, vae_shape_of
+from pipeline.bundle import read_json, transformer_settings, vae_shape_of
+from pipeline.sources import transformer_source
 from pipeline.train.parallel import shard_size
 from pipeline.train.stage_parts import need_folder
 from pipeline.train.vae import build_vae

@@ -1,0 +1,96 @@
+"""Which files a model comes from, and where to get those that are missing. Needs no heavy import."""
+
+from pathlib import Path
+
+from utils.config import Config, ConfigError
+
+REAL_MODELS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers")  # of Wan-AI
+# Where the checkpoints of the published recipes are.
+PUBLISHED = {
+    name: f"zhuhz22/Causal-Forcing chunkwise/{name}" for name in ("causal_ode.pt", "causal_cd.pt", "causal_forcing.pt")
+} | {"self_forcing_dmd.pt": "gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt"}
+_OF_TRAINING = "a training run writes it: run its stage with train.py, or name another"
+_CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def bundle_folder(config: Config) -> Path:
+    """Where `model.bundle` points. Raises `ConfigError` where it is unset or not there."""
+    if config.model.bundle is None:
+        raise ConfigError("setting `model.bundle` is not set: name a folder with vae, text_encoder and tokenizer")
+    folder = Path(config.model.bundle)
+    if not folder.is_dir():
+        raise ConfigError(f"bundle {folder} does not exist; {_where_to_get(folder)}")
+    return folder
+
+
+def transformer_source(config: Config) -> Path:
+    """Where the transformer's weights come from: `model.checkpoint`, else the bundle's own."""
+    if config.model.checkpoint is not None:
+        return Path(config.model.checkpoint)
+    return bundle_folder(config) / "transformer"
+
+
+def loras(config: Config) -> list[tuple[Path, float]]:
+    """(file, scale) of each entry of `model.lora`. Raises `ConfigError` for a file that is not there."""
+    found = []
+    for entry in config.model.lora:
+        path, colon, scale = entry.rpartition(":")
+        try:
+            file, factor = (Path(path), float(scale)) if colon else (Path(entry), 1.0)
+        except ValueError:  # the colon belongs to the path
+            file, factor = Path(entry), 1.0
+        if not file.exists():
+            raise ConfigError(f"setting `model.lora` is {entry}: there is no file {file}; expected PATH or PATH:SCALE")
+        found.append((file, factor))
+    return found
+
+
+def require_files(config: Config) -> None:
+    """Raise `ConfigError` that lists every file of the model that is not there, each with how to get it."""
+    missing = []
+    try:
+        missing += _missing_parts(bundle_folder(config), config)
+    except ConfigError as error:
+        missing.append(str(error))
+    if config.model.checkpoint is not None and not config.model.random_init:
+        missing += _missing_checkpoint(Path(config.model.checkpoint))
+    try:
+        loras(config)
+    except ConfigError as error:
+        missing.append(str(error))
+    if missing:
+        raise ConfigError("; and ".join(missing))
+
+
+def _missing_parts(folder: Path, config: Config) -> list[str]:
+    if (folder / "Wan2.1_VAE.pth").is_file():
+        return [f"bundle {folder} is in Wan2.1's own layout, expected diffusers'; {_where_to_get(folder)}"]
+    absent = [f"{part}/{file}" for part, file in _CONFIG_OF.items() if not (folder / part / file).is_file()]
+    own = config.model.checkpoint is None and not config.model.random_init
+    if own and not (folder / "transformer").is_dir():
+        absent.append("transformer/ (or name one with --checkpoint_path)")
+    return [f"bundle {folder} has no {', '.join(absent)}; {_where_to_get(folder)}"] if absent else []
+
+
+def _missing_checkpoint(path: Path) -> list[str]:
+    if path.exists():
+        if (path / "info.json").is_file() or (path / "checkpoints").is_dir():
+            export = f"python -m scripts.export_checkpoint {path} model.pt"
+            return [f"checkpoint {path} is of a training run; {export} makes one for inference of it"]
+        return []
+    if path.name in PUBLISHED:
+        get = PUBLISHED[path.name]
+        inside = get.endswith(f" {path.parent.name}/{path.name}")
+        to = f"--local-dir {path.parent.parent}" if inside else f"and move it to {path}"
+        return [f"checkpoint {path} does not exist; hf download {get} {to}"]
+    if "runs" in path.parts:
+        return [f"checkpoint {path} does not exist; {_OF_TRAINING}"]
+    return [f"checkpoint {path} does not exist; expected a diffusers folder, a .safetensors or a .pt file"]
+
+
+def _where_to_get(folder: Path) -> str:
+    if "runs" in folder.parts:
+        return _OF_TRAINING
+    known = folder.name in REAL_MODELS
+    get = f"hf download Wan-AI/{folder.name if known else REAL_MODELS[0]} --local-dir {folder}"
+    return get if known else f"name one with model.bundle, or for the real model: {get}"
