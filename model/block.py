@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class LayerKV(NamedTuple):
     """What one layer leaves behind of a chunk, un-rotated. [B, L, heads, D] each, `mid_*` [B, N_c, heads, D]."""
 
-    query: torch.Tensor
+    query: torch.Tensor | None  # None where the history will not score by it
     key: torch.Tensor
     value: torch.Tensor
     mid_key: torch.Tensor | None
@@ -96,7 +96,7 @@ class LayerMemory:
     def leave(self, attn, query, key, value) -> None:
         """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens."""
         mid_key, mid_value = (None, None) if self.new_mid is None else project(attn, self.new_mid, "kv")
-        self.left = LayerKV(query, key, value, mid_key, mid_value)
+        self.left = LayerKV(query if self.context.keeps_query else None, key, value, mid_key, mid_value)
 
     @torch.compiler.disable
     def text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,13 +79,17 @@ def grid_rotation(times: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, h
     times = (times if times.ndim == 2 else times[None]).to(rows)  # [B or 1, F]
     dim_t, dim_h, dim_w = rope_dims(head_dim)
     shape = (times.shape[0], times.shape[1], len(rows), len(cols))
-    parts = (
-        _angles(times, dim_t)[:, :, None, None].expand(*shape, -1),
-        _angles(rows, dim_h)[None, None, :, None].expand(*shape, -1),
-        _angles(cols, dim_w)[None, None, None, :].expand(*shape, -1),
+    angles = (
+        _angles(times, dim_t)[:, :, None, None],
+        _angles(rows, dim_h)[None, None, :, None],
+        _angles(cols, dim_w)[None, None, None, :],
     )
-    angles = torch.cat(parts, dim=-1).flatten(1, 3)[:, :, None]  # [B or 1, L, 1, D/2]
-    return Rotation(angles.cos().float(), angles.sin().float())
+
+    def tokens(function):  # [B or 1, L, 1, D/2]; of each axis by itself, as there are few positions and many tokens
+        parts = [function(part).float().expand(*shape, -1) for part in angles]
+        return torch.cat(parts, dim=-1).flatten(1, 3)[:, :, None]
+
+    return Rotation(tokens(torch.cos), tokens(torch.sin))
 
 
 def time_rotation(times: torch.Tensor, head_dim: int) -> Rotation:
@@ -95,6 +99,22 @@ def time_rotation(times: torch.Tensor, head_dim: int) -> Rotation:
     time = _angles(times, dim_t)
     angles = torch.cat((time, time.new_zeros(*time.shape[:-1], (dim_h + dim_w) // 2)), dim=-1)[:, :, None]
     return Rotation(angles.cos().float(), angles.sin().float())
+
+
+@lru_cache(maxsize=64)
+def _time_shift(frames: float, head_dim: int, device: torch.device) -> Rotation:
+    with torch.inference_mode(False):  # see chunk_rotation
+        times, pairs = torch.tensor([frames], dtype=precise(device), device=device), rope_dims(head_dim)[0] // 2
+        whole = time_rotation(times, head_dim)
+        return Rotation(whole.cos[..., :pairs], whole.sin[..., :pairs])
+
+
+def shift_in_time(x_BLHD: torch.Tensor, frames: float) -> torch.Tensor:
+    """Rotated tokens, in place, as if they were `frames` latent frames later; only their channels for time change."""
+    if frames:
+        part = x_BLHD[..., : rope_dims(x_BLHD.shape[-1])[0]]
+        part.copy_(_time_shift(frames, x_BLHD.shape[-1], x_BLHD.device)(part))
+    return x_BLHD
 
 
 def grid_positions(size: int, full_size: int, aligned: bool, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -24,7 +24,7 @@ from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan, wan_to_diffusers
 from model.schedule import FlowMatchSchedule
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
-from utils.config import CacheConfig, CacheKind, CompressorConfig, Refresh, Selection, SizeUnit, Temporal
+from utils.config import CacheConfig, CacheKind, CompressorConfig, Refresh, SizeUnit
 
 GRADIENT_TOLERANCE = 1e-3  # relative to the recorded tensor's maximum
 DMD_SHIFT, DMD_STEPS, DMD_GUIDANCE = 5.0, [1000, 750, 500, 250], 3.0
@@ -140,7 +140,7 @@ def kv_cases(golden: Golden) -> Iterator[tuple[str, torch.Tensor]]:
         if window >= 0:  # the reference's window counts sink, recent and the current chunk
             recent = window - sink - golden.meta["frames_per_chunk"]
             settings = {"kind": CacheKind.sink, "unit": SizeUnit.frames, "sink": sink, "recent": recent}
-        cache = golden.cache(model, temporal=Temporal.absolute, **settings)
+        cache = golden.cache(model, temporal="absolute", **settings)
         yield f"{name}.flow", cached_rollout(golden, model, cache)
 
 
@@ -150,10 +150,10 @@ def pack_settings(variant: dict) -> dict:
         "recent": variant["recent_chunks"],
         "mid_capacity": variant["mid_capacity_chunks"],
         "top_k": variant["top_k"],
-        "selection": Selection(variant["selection"]),
+        "selection": variant["selection"],
         "compressor": variant["compressor"],
         "refresh": Refresh.per_forward,
-        "temporal": Temporal.packed if variant["rope_adjustment"] else Temporal.absolute,
+        "temporal": "packed" if variant["rope_adjustment"] else "absolute",
     }
 
 

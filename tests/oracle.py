@@ -201,7 +201,7 @@ class OracleMemory:
         archived, recent = later[:cut], later[cut:]
         if kind != "pack":
             archived = []
-        if self.config.mid_capacity is not None:
+        if isinstance(self.config.mid_capacity, int):
             archived = archived[-self.config.mid_capacity :]
         return sink, archived, recent
 
@@ -211,7 +211,7 @@ class OracleMemory:
     def small_positions(self, start, span):
         axes = []
         for small, full in zip(self.small_grid, self.grid, strict=True):
-            aligned = self.config.spatial.value == "aligned"
+            aligned = self.config.spatial == "aligned"
             axes.append([(i + 0.5) * full / small - 0.5 if aligned else i for i in range(small)])
         times = [start + (f + 0.5) * span / self.small_frames - 0.5 for f in range(self.small_frames)]
         return token_positions(times, *axes)
@@ -220,10 +220,10 @@ class OracleMemory:
         """{id: (start, span)} of the attended history and the start of the current chunk."""
         sink, _, recent = self.parts()
         now = len(self.committed)
-        if self.config.temporal.value == "absolute":
+        if self.config.temporal == "absolute":
             return {i: (i * self.chunk, self.chunk) for i in [*sink, *selected, *recent]}, now * self.chunk
         span = self.chunk
-        if self.config.temporal.value == "fit" and selected:
+        if self.config.temporal == "fit" and selected:
             room = self.trained_frames - self.chunk * (self.config.sink + self.config.recent + 1)
             span = min(span, room / len(selected))
         starts, cursor = {}, 0.0
@@ -258,7 +258,7 @@ class OracleMemory:
         _, archived, _ = self.parts()
         if len(archived) <= self.config.top_k:
             return archived
-        if self.config.selection.value == "recency":
+        if self.config.selection == "recency":
             return archived[len(archived) - self.config.top_k :]
         scores = self.scores(layer, q)
         return sorted(sorted(archived, key=lambda i: -scores[i])[: self.config.top_k])
@@ -319,5 +319,5 @@ class OracleMemory:
         _, archived, _ = self.parts()
         complete = all(len(ids) == self.config.top_k and set(ids) <= set(archived) for ids in self.chosen.values())
         lasting = len(self.committed) < self.chosen_at + self.config.refresh_interval
-        if not (complete and lasting and self.config.selection.value == "query_score"):
+        if not (complete and lasting and self.config.selection == "query_score"):
             self.chosen, self.chosen_at = {}, None

@@ -196,7 +196,7 @@ def test_tuple_output():
     kv = output.kv
     assert len(kv.layers) == len(model.blocks) and torch.equal(kv.latents, inputs[0])
     layer = kv.layers[0]
-    assert layer.key.shape == layer.value.shape == layer.query.shape == (1, 72, 4, 12)
+    assert layer.key.shape == layer.value.shape == (1, 72, 4, 12) and layer.query is None
     assert layer.mid_key.shape == layer.mid_value.shape == (1, 18, 4, 12)
     assert model(*inputs).kv is None
     assert model(*inputs, context=context, return_kv=False).kv is None

@@ -7,7 +7,7 @@ from toy import randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import clip_mask
 from model.cache.context import ChunkContext
-from model.rope import Rotation, chunk_rotation
+from model.rope import Rotation, chunk_rotation, shift_in_time
 from utils.config import CacheKind
 
 SETTINGS = {
@@ -92,7 +92,7 @@ def state(cache):
                 walk(item, f"{path}[{i}]")
         elif hasattr(value, "__dict__") and id(value) not in seen:
             seen.add(id(value))
-            scratch = {"keys", "values", "starts", "placed", "_raw_values"}
+            scratch = {"buffers", "starts", "_placed", "_mid_for", "_held"}
             walk({key: item for key, item in vars(value).items() if key not in scratch}, path)
         else:
             found[path] = repr(value)
@@ -101,17 +101,23 @@ def state(cache):
     sink, recent = cache.layout.held(cache.num_chunks)
     for number, layer in enumerate(cache.layers):
         for chunk in [*sink, *recent]:
-            place = cache.layout.slot(chunk) * cache.geometry.tokens
-            values = layer.values[:, place : place + cache.geometry.tokens]
-            found[f"values of {chunk} in layer {number}"] = values.numpy().tobytes()
+            held = layer.hold(chunk, cache.layout.slot(chunk))
+            found[f"values of {chunk} in layer {number}"] = held.value.numpy().tobytes()
     return found
+
+
+def history_keys(cache):
+    """Keys of the history, turned back to time 0."""
+    sink, recent = cache.layout.held(cache.num_chunks)
+    held = [layer.hold(c, cache.layout.slot(c)) for layer in cache.layers for c in [*sink, *recent]]
+    return [shift_in_time(one.key.clone(), -one.start) for one in held]
 
 
 @pytest.mark.parametrize("settings", [{}, {**IDENTITY, **ABSOLUTE, **BOTH_SCOPES}], ids=str)
 def test_nothing_is_written_before_the_commit(settings):
     model, cache, _ = make(settings)
     for index in range(7):
-        before, context = state(cache), cache.context()
+        before, keys, context = state(cache), history_keys(cache), cache.context()
         with torch.no_grad():
             for kind in (1, 2):
                 forward(model, cache, context, index, 700.0, kind)
@@ -119,6 +125,7 @@ def test_nothing_is_written_before_the_commit(settings):
         with torch.no_grad():
             kv = forward(model, cache, context, index, 0.0, 0).kv
         assert state(cache) == before
+        torch.testing.assert_close(history_keys(cache), keys, atol=1e-5, rtol=0)
         cache.commit(kv, context)
         assert state(cache) != before
 
@@ -171,7 +178,7 @@ def test_a_context_serves_its_own_chunk_only():
             with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="context of chunk 3"):
                 forward(model, cache, context, 3, 500.0, 1)
     cache.reset()
-    assert cache.num_chunks == 0 and not cache.archive
+    assert cache.num_chunks == 0 and not cache.archived
     first = cache.context()
     cache.reset()
     with torch.no_grad(), pytest.raises(RuntimeError, match="another video"):

@@ -9,7 +9,6 @@ from diffusers import WanTransformer3DModel
 from model.causal_wan import CausalWanModel
 from pipeline.bundle import transformer_settings
 from pipeline.data.prompts import read_prompts
-from utils.config import Selection
 from utils.load_config import load_config
 from utils.sprites.world import parse_caption
 
@@ -28,7 +27,7 @@ def test_seed_config():
     assert (config.video.height, config.video.width, config.video.frames_per_chunk) == (480, 832, 3)
     cache = config.cache
     assert (cache.sink, cache.recent, cache.mid_capacity, cache.top_k) == (3, 2, 16, 16)
-    assert cache.selection == Selection.recency and cache.compressor.channels == [64, 256, 1024]
+    assert cache.selection == "recency" and cache.compressor.channels == [64, 256, 1024]
     assert config.sampler.steps == [1000, 750, 500, 250] and config.sampler.warp and config.sampler.shift == 5
 
 

@@ -129,7 +129,7 @@ def test_a_cache_that_no_rollout_fills_is_refused(root):
 
 def test_a_memory_that_stays_inert_stops_the_run(root, monkeypatch):
     stage = make_stage(root, "dmd")
-    monkeypatch.setattr(PackCache, "_age", lambda self: None)  # nothing ever reaches the archive
+    monkeypatch.setattr(PackCache, "archived", range(0))  # nothing ever reaches the archive
     for role in ("critic", "generator"):
         with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one"):
             stage.loss(role, stage.batch(0, INDICES), 0)

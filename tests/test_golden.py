@@ -12,7 +12,7 @@ from toy import randn, toy_config, toy_model
 
 from model.convert import diffusers_to_wan
 from scripts.check_golden import main
-from utils.config import CacheKind, Refresh, Temporal
+from utils.config import CacheKind, Refresh
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 INPUTS = ("clean_latents", "noisy_latents", "prompt_embeds", "teacher_forcing.timestep")
@@ -139,7 +139,7 @@ def record(folder):
     flows = {
         "diffusion_forcing.flow": clip_flow(oracle, short, timestep[0], prompt[0]),
         "teacher_forcing.flow": teacher,
-        "kv_window.flow": rollout(kind=CacheKind.sink, sink=1, recent=1, temporal=Temporal.absolute),
+        "kv_window.flow": rollout(kind=CacheKind.sink, sink=1, recent=1, temporal="absolute"),
         f"{scored}.flow": rollout(top_k=1, mid_capacity=2),
     }
     flows = {name: flow.transpose(0, 1)[None].float().contiguous() for name, flow in flows.items()}

@@ -7,7 +7,7 @@ from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_p
 
 from model.cache.context import ChunkContext
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
-from utils.config import Refresh, SamplerConfig, Selection
+from utils.config import Refresh, SamplerConfig
 
 SHAPE = (CHANNELS, 3, *LATENT)
 CHUNKS = 6
@@ -209,7 +209,7 @@ def contexts(monkeypatch):
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"selection": Selection.recency, "top_k": 1}, {"compressor": "identity"}, {"refresh": Refresh.per_forward}],
+    [{}, {"selection": "recency", "top_k": 1}, {"compressor": "identity"}, {"refresh": Refresh.per_forward}],
     ids=str,
 )
 def test_training_sees_the_context_of_inference(contexts, step, settings):

@@ -33,11 +33,6 @@ class SizeUnit(StrEnum):
     frames = "frames"  # latent frames; must be multiples of the chunk
 
 
-class Selection(StrEnum):
-    recency = "recency"
-    query_score = "query_score"
-
-
 class QueryScope(StrEnum):
     current = "current"
     recent_and_current = "recent+current"
@@ -48,20 +43,9 @@ class Refresh(StrEnum):
     per_forward = "per_forward"
 
 
-class Temporal(StrEnum):
-    absolute = "absolute"
-    packed = "packed"
-    fit = "fit"
-
-
 class MidSpan(StrEnum):
     source = "source"
     compressed = "compressed"
-
-
-class Spatial(StrEnum):
-    grid = "grid"
-    aligned = "aligned"
 
 
 class OptimizerKind(StrEnum):
@@ -134,19 +118,22 @@ class CacheConfig:
     unit: SizeUnit = SizeUnit.chunks  # of sink and recent
     sink: int = 3
     recent: int = 2
-    mid_capacity: int | None = None  # chunks kept in the archive; null: unbounded
+    mid_capacity: int | str | None = "auto"  # chunks kept in the archive; auto: what memory holds; null: unbounded
     top_k: int = 16  # mid chunks attended
-    selection: Selection = Selection.query_score
+    selection: str = "query_score"  # or recency, random; model/cache/selection.py has them all
+    selection_seed: int = 0  # of random
     query_scope: QueryScope = QueryScope.current
     refresh: Refresh = Refresh.per_chunk
     refresh_interval: int = 1  # chunks that share one selection (per_chunk only)
     query_fraction: float = 0.125  # sampled queries per chunk, at least `min_queries`
     min_queries: int = 32
-    temporal: Temporal = Temporal.packed
+    temporal: str = "packed"  # or fit, absolute; model/cache/positions.py has them all
     mid_span: MidSpan = MidSpan.source
-    spatial: Spatial = Spatial.grid
+    spatial: str = "grid"  # or aligned
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     archive_device: str = "cpu"  # where unselected mid chunks wait
+    sink_dtype: str | None = None  # bfloat16, fp8 or int8 (a scale per token and head); null: the model's
+    mid_dtype: str | None = None  # of the archive and of what is attended of it
 
 
 @dataclass

@@ -124,8 +124,9 @@ def validate(config: Config) -> None:
                 f"{value} frames",
                 f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}",
             )
-    require(cache.mid_capacity is None or cache.mid_capacity > 0, "cache.mid_capacity", cache.mid_capacity,
-            "must be positive, or null for an unbounded archive")  # fmt: skip
+    capacity = cache.mid_capacity
+    require(capacity in (None, "auto") or (isinstance(capacity, int) and capacity > 0), "cache.mid_capacity", capacity,
+            "must be a positive number of chunks, auto, or null for an unbounded archive")  # fmt: skip
     require(0 < cache.query_fraction <= 1, "cache.query_fraction", cache.query_fraction, "must be in (0, 1]")
     require(cache.refresh_interval >= 1, "cache.refresh_interval", cache.refresh_interval, "must be at least 1")
     require(len(cache.compressor.channels) > 0, "cache.compressor.channels", cache.compressor.channels, "needs a stage")

@@ -3,14 +3,7 @@
 A chunk's history is fixed while it is generated: `PackCache.context()` gives one `ChunkContext` that every denoising
 step, the commit forward and the training step of that chunk read, and only `PackCache.commit()` changes the cache.
 
-Keys are kept un-rotated. What a layer attends lies in one workspace per layer,
-
-    [ sink chunks | ring of recent + 1 chunks | selected mid chunks ]
-
-in which the history is rotated once per chunk and the current chunk's K, V go to their ring slot at every forward, so
-attention reads one contiguous prefix and nothing is concatenated. The order of keys does not matter to attention.
-
-Positions (design of PackForcing section 3.4): the current chunk is at time 0, the history at negative times.
+What a layer attends lies rotated in its `Workspace`, what waits to be selected un-rotated in the `Archive`.
 """
 
 import sys
@@ -20,21 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from model.block import ChunkKV
+from model.cache.archive import Archive
 from model.cache.context import ChunkContext
-from model.cache.selection import mean_rotated, sampled_queries
+from model.cache.positions import POSITIONS, SPATIAL
+from model.cache.precision import PRECISIONS, keep
+from model.cache.selection import SELECTIONS, mean_rotated, sampled_queries
+from model.cache.workspace import Buffers, PackedWorkspace, Workspace
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
-from model.rope import Rotation, chunk_rotation, frame_times, grid_positions, grid_rotation
-from utils.config import (
-    CacheConfig,
-    CacheKind,
-    QueryScope,
-    Selection,
-    SizeUnit,
-    Spatial,
-    Temporal,
-)
+from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
+from utils.config import CacheConfig, CacheKind, QueryScope, SizeUnit
 
 UNBOUNDED = sys.maxsize
 
@@ -74,52 +63,6 @@ class CacheLayout:
         return range(sink), range(max(sink, chunk - self.recent), chunk)
 
 
-@dataclass
-class _Archived:
-    """A chunk that aged out: per layer compressed, un-rotated K, V [B, N_c, heads, D], and its clean latents."""
-
-    kv: list[tuple[torch.Tensor, torch.Tensor]]
-    mean_keys: list[torch.Tensor] | None  # per layer [B, h, D], rotated at the chunk's own time 0
-    latents: torch.Tensor
-
-
-class _Layer:
-    """Workspace of one layer and the raw keys behind it."""
-
-    def __init__(self) -> None:
-        self.raw_keys: dict[int, torch.Tensor] = {}  # slot -> [B, n, heads, D]
-        self.starts: dict[int, float] = {}  # slot -> time its keys in the workspace are rotated to
-        self.mean_queries: dict[int, torch.Tensor] = {}  # slot -> [B, h, D]
-        self.placed: tuple[int, torch.Tensor] | None = None  # (chunk, ids [B, k]) that the mid part was rotated for
-        self._raw_values: dict[int, torch.Tensor] = {}  # slot -> copy for a forward with gradient
-        self.keys: torch.Tensor | None = None  # [B, capacity, heads, D]
-        self.values: torch.Tensor | None = None
-
-    def reserve(self, tokens: int, like: torch.Tensor) -> None:
-        """Make the workspace hold at least `tokens`, keeping what is in it."""
-        if self.keys is not None and self.keys.shape[1] >= tokens:
-            return
-        batch, _, heads, dim = like.shape
-        old = self.keys, self.values
-        self.keys, self.values = (like.new_empty(batch, tokens, heads, dim) for _ in range(2))
-        if old[0] is not None:
-            self.keys[:, : old[0].shape[1]], self.values[:, : old[1].shape[1]] = old
-
-    def write(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take a finished chunk's un-rotated K and its V, [B, n, heads, D] each, in place of what the slot held."""
-        tokens = key.shape[1]
-        self.raw_keys[slot] = key
-        self.values[:, slot * tokens : (slot + 1) * tokens] = value
-        self.starts.pop(slot, None)  # to be rotated when it is first attended
-        self._raw_values.pop(slot, None)
-
-    def raw(self, slot: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Un-rotated K and V of a chunk, [B, n, heads, D] each, that outlive what is written to the slot later."""
-        if slot not in self._raw_values:
-            self._raw_values[slot] = self.values[:, slot * tokens : (slot + 1) * tokens].clone()
-        return self.raw_keys[slot], self._raw_values[slot]
-
-
 class PackCache:
     """History of one batch of videos.
 
@@ -136,20 +79,25 @@ class PackCache:
     def __init__(self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int):
         self.config, self.geometry, self.head_dim, self.trained_frames = config, geometry, head_dim, trained_frames
         self.layout = CacheLayout.of(config, geometry)
+        self.selection, self.positions = SELECTIONS[config.selection], POSITIONS[config.temporal]
+        self.spatial = SPATIAL[config.spatial]
+        for precision in (config.sink_dtype, config.mid_dtype):
+            if precision is not None:
+                PRECISIONS[precision]
         self.compressor = COMPRESSORS[config.compressor.kind]
         self.mid_grid = self.compressor.grid(geometry, config.compressor.channels)
         bounded = self.layout.sink != UNBOUNDED
-        if config.temporal == Temporal.fit and bounded and self.fit_room < (1 if self.layout.top_k else 0):
+        if config.temporal == "fit" and bounded and self.fit_room < (1 if self.layout.top_k else 0):
             raise ValueError(
                 f"cache.temporal=fit: sink {self.layout.sink} + recent {self.layout.recent} + the current chunk take "
                 f"{trained_frames - self.fit_room} latent frames of the {trained_frames} trained ones, which leaves no "
                 "room; make cache.sink or cache.recent smaller, or use cache.temporal=packed"
             )
-        capacity = config.mid_capacity
-        if self.layout.top_k and capacity is not None and capacity <= self.layout.top_k:
+        capacity, top_k = config.mid_capacity, self.layout.top_k
+        if top_k and isinstance(capacity, int) and capacity <= top_k:
             warnings.warn(
-                f"cache.mid_capacity={capacity} is not larger than cache.top_k={self.layout.top_k}: every archived "
-                "chunk is attended and cache.selection has no effect; raise the capacity or leave it null",
+                f"cache.mid_capacity={capacity} is not larger than cache.top_k={top_k}: every archived "
+                "chunk is attended and cache.selection has no effect; raise the capacity or leave it auto",
                 stacklevel=2,
             )
         self.reset()
@@ -170,10 +118,8 @@ class PackCache:
     def reset(self) -> None:
         """Forget everything."""
         self.num_chunks = 0  # committed so far
-        self.layers: list[_Layer] = []
-        self.archive: dict[int, _Archived] = {}  # chunk index -> compressed chunk, in time order
-        self._pending: dict[int, _Archived] = {}  # compressed form of the recent chunks
-        self._mean_keys: list[torch.Tensor] = []  # per layer [B, rows, h, D]; row = chunk position modulo capacity
+        self.layers: list[Workspace] = []
+        self.archive: Archive | None = None
         self._last_selection: tuple[int, dict[int, torch.Tensor]] = (-1, {})  # chunk it was made for, per layer ids
 
     @property
@@ -191,6 +137,15 @@ class PackCache:
         """The fixed history of the next chunk."""
         return ChunkContext(self)
 
+    @property
+    def archived(self) -> range:
+        """Chunks that the next one may select from."""
+        sink, recent = self.layout.held(self.num_chunks)
+        if not self.layout.top_k or self.archive is None:
+            return range(recent.start, recent.start)
+        capacity = self.archive.capacity or UNBOUNDED
+        return range(max(sink.stop, recent.start - capacity), recent.start)
+
     @torch.no_grad()
     def commit(self, kv: ChunkKV, context: ChunkContext) -> None:
         """Add the finished chunk of `context`.
@@ -199,119 +154,88 @@ class PackCache:
             RuntimeError: where `context` is not that of the next chunk.
         """
         context.check_current()
-        chunk, layout = self.num_chunks, self.layout
+        chunk, layout, device = self.num_chunks, self.layout, kv.layers[0].key.device
         if not self.layers:
-            self.layers = [_Layer() for _ in kv.layers]
-        slot = layout.slot(chunk)
-        for layer, new in zip(self.layers, kv.layers, strict=True):
-            layer.reserve(self._workspace_tokens(chunk), new.key)
-            layer.write(slot, new.key.detach(), new.value.detach())
-            if self._scores_recent:
-                layer.mean_queries[slot] = self.mean_query(new.query)
+            self.layers = self._workspaces(len(kv.layers))
+        slot, rotation = layout.slot(chunk), context.query_rotation(device)
+        for workspace, new in zip(self.layers, kv.layers, strict=True):
+            workspace.write(slot, rotation(new.key), new.value, context.times.now)
+            if self.scores_recent:
+                workspace.mean_queries[slot] = self.mean_query(new.query, chunk)
         if context.will_be_compressed:
-            self._pending[chunk] = self._compressed(kv)
+            self._archive(chunk, kv)
         self._last_selection = context.selection_to_keep()
         self.num_chunks += 1
-        self._age()
 
-    def _workspace_tokens(self, chunk: int) -> int:
-        """Tokens to reserve: everything where the cache is bounded, else doubling."""
-        if self.layout.sink == UNBOUNDED:
-            chunks = 1 << (chunk + 1).bit_length()  # room for the next chunk too
-            return chunks * self.geometry.tokens
-        slots = self.layout.sink + self.layout.recent + 1
-        return slots * self.geometry.tokens + self.layout.top_k * self.mid_tokens
+    def _workspaces(self, layers: int) -> list[Workspace]:
+        layout, config, tokens = self.layout, self.config, self.geometry.tokens
+        slots = None if layout.sink == UNBOUNDED else layout.sink + layout.recent + 1
+        sizes = slots, tokens, layout.top_k * self.mid_tokens
+        if config.sink_dtype is None and (config.mid_dtype is None or not layout.top_k):
+            return [Workspace(*sizes) for _ in range(layers)]
+        shared = Buffers()
+        packed = {"buffers": shared, "sink": layout.sink, "precision": config.sink_dtype}
+        return [PackedWorkspace(*sizes, **packed) for _ in range(layers)]
 
-    @property
-    def _scores_recent(self) -> bool:
-        return (
-            self.layout.top_k > 0
-            and self.config.selection == Selection.query_score
-            and self.config.query_scope == QueryScope.recent_and_current
-        )
-
-    def _compressed(self, kv: ChunkKV) -> _Archived:
-        pairs = []
+    def _archive(self, chunk: int, kv: ChunkKV) -> None:
+        mid, means = [], None
         for layer in kv.layers:
             identity = layer.mid_key is None
-            pair = (layer.key, layer.value) if identity else (layer.mid_key, layer.mid_value)
-            pairs.append(tuple(x.detach() for x in pair))
-        means = None
-        if self.config.selection == Selection.query_score:
-            means = [mean_rotated(key, self._own_mid_rotation(key.device)) for key, _ in pairs]
-        archived = [(self._to_archive(key), self._to_archive(value)) for key, value in pairs]
-        return _Archived(archived, means, self._to_archive(kv.latents.detach()))
+            mid.append((layer.key, layer.value) if identity else (layer.mid_key, layer.mid_value))
+        key = mid[0][0]
+        if self.selection.by_query:
+            own = self._own_mid_rotation(key.device)
+            means = self._at_true_time(torch.stack([mean_rotated(key, own) for key, _ in mid]), chunk)
+        if self.archive is None:
+            config = self.config
+            self.archive = Archive(
+                config.mid_capacity, self.layout.recent, len(mid), key, config.archive_device, config.mid_dtype
+            )
+        self.archive.write(chunk - self.layout.sink, kv, mid, means)
 
-    def _to_archive(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Move to the archive's device; pinned host memory makes the way back asynchronous."""
-        moved = tensor.to(self.config.archive_device)
-        return moved.pin_memory() if tensor.is_cuda and moved.device.type == "cpu" else moved
+    @property
+    def scores_recent(self) -> bool:
+        """Whether the queries of recent chunks are scored beside the current one's."""
+        both = self.config.query_scope == QueryScope.recent_and_current
+        return self.layout.top_k > 0 and self.selection.by_query and both
 
     def _own_mid_rotation(self, device: torch.device) -> Rotation:
-        frames = self.mid_grid[0]
-        times = frame_times(0, self.geometry.frames, frames)
+        times = frame_times(0, self.geometry.frames, self.mid_grid[0])
         return grid_rotation(times, *self.mid_axes(device), self.head_dim)
+
+    def _at_true_time(self, means: torch.Tensor, chunk: int) -> torch.Tensor:
+        """Means [..., h, D] of tokens rotated at their chunk's time 0 -> as if rotated at the chunk's true time."""
+        start = torch.tensor([float(chunk * self.geometry.frames)], dtype=precise(means.device), device=means.device)
+        return time_rotation(start, self.head_dim)(means.flatten(0, -3)[:, None]).view_as(means)
 
     def mid_axes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column positions of compressed tokens."""
-        aligned = self.config.spatial == Spatial.aligned
         sizes = zip(self.mid_grid[1:], self.geometry.grid, strict=True)
-        return tuple(grid_positions(small, full, aligned, device) for small, full in sizes)
+        return tuple(self.spatial(small, full, device=device) for small, full in sizes)
 
-    def mean_query(self, query: torch.Tensor) -> torch.Tensor:
-        """query [B, n, heads, D] of a chunk -> mean of its sampled queries, rotated at its own time 0: [B, h, D]."""
+    def mean_query(self, query: torch.Tensor, chunk: int) -> torch.Tensor:
+        """query [B, n, heads, D] of a chunk -> mean of its sampled queries, rotated at its true time: [B, h, D]."""
         index = sampled_queries(query.shape[1], self.config.query_fraction, self.config.min_queries).to(query.device)
         rotation = chunk_rotation(self.geometry, 0.0, query.shape[-1], query.device)
-        return mean_rotated(query[:, index], Rotation(rotation.cos[:, index], rotation.sin[:, index]))
-
-    def _age(self) -> None:
-        """Move chunks that left recent to the archive, and drop the oldest over capacity."""
-        _, recent = self.layout.held(self.num_chunks)
-        for chunk in [c for c in self._pending if c < recent.start]:
-            self.archive[chunk] = self._pending.pop(chunk)
-            self._store_mean_keys(chunk)
-        while self.config.mid_capacity is not None and len(self.archive) > self.config.mid_capacity:
-            del self.archive[next(iter(self.archive))]
-
-    def _mean_row(self, chunk: int | torch.Tensor) -> int | torch.Tensor:
-        index = chunk - self.layout.sink
-        return index if self.config.mid_capacity is None else index % self.config.mid_capacity
-
-    def _store_mean_keys(self, chunk: int) -> None:
-        means = self.archive[chunk].mean_keys
-        if means is None:
-            return
-        row = self._mean_row(chunk)
-        if not self._mean_keys or row >= self._mean_keys[0].shape[1]:
-            rows = 1 << (row + 1).bit_length()
-            old = self._mean_keys
-            self._mean_keys = [mean.new_zeros(mean.shape[0], rows, *mean.shape[1:]) for mean in means]
-            for new, previous in zip(self._mean_keys, old, strict=False):
-                new[:, : previous.shape[1]] = previous
-        for store, mean in zip(self._mean_keys, means, strict=True):
-            store[:, row] = mean
-
-    def mean_keys(self, layer: int) -> torch.Tensor:
-        """[B, M, h, D] of the archived chunks in time order."""
-        rows = self._mean_row(torch.tensor(list(self.archive)))
-        return self._mean_keys[layer][:, rows.to(self._mean_keys[layer].device)]
+        mean = mean_rotated(query[:, index], Rotation(rotation.cos[:, index], rotation.sin[:, index]))
+        return self._at_true_time(mean, chunk)
 
     def report(self) -> dict[str, dict[str, int]]:
         """Tokens (per layer and sample) and bytes (all layers, the whole batch) of each part for the next chunk.
 
-        `sink`, `recent`, `mid` are what will be attended; `archive` is what waits on `archive_device` and
-        `raw_keys` the un-rotated copies of the sink and recent keys, both beside the attended ones.
+        `sink`, `recent`, `mid` are what will be attended; `archive` is what waits on `archive_device`.
         """
-        sink, recent = self.layout.held(self.num_chunks)
-        selected = min(len(self.archive), self.layout.top_k)
-        tokens = {
-            "sink": len(sink) * self.geometry.tokens,
-            "mid": selected * self.mid_tokens,
-            "recent": len(recent) * self.geometry.tokens,
-            "archive": len(self.archive) * self.mid_tokens,
+        (sink, recent), config = self.layout.held(self.num_chunks), self.config
+        parts = {
+            "sink": (len(sink) * self.geometry.tokens, config.sink_dtype),
+            "mid": (min(len(self.archived), self.layout.top_k) * self.mid_tokens, config.mid_dtype),
+            "recent": (len(recent) * self.geometry.tokens, None),
+            "archive": (len(self.archived) * self.mid_tokens, config.mid_dtype),
         }
-        per_token = sum(2 * layer.keys[:, :1].nbytes for layer in self.layers)
-        parts = {name: {"tokens": count, "bytes": count * per_token} for name, count in tokens.items()}
-        raw = sum(key.nbytes for layer in self.layers for key in layer.raw_keys.values())
-        parts["raw_keys"] = {"tokens": 0, "bytes": raw}
-        return parts
+        return {
+            name: {"tokens": tokens, "bytes": tokens and tokens * self._token_bytes(precision)}
+            for name, (tokens, precision) in parts.items()
+        }
+
+    def _token_bytes(self, precision: str | None) -> int:
+        return 2 * len(self.layers) * keep(self.layers[0].keys[:, :1], precision).nbytes

@@ -1,16 +1,67 @@
-"""Which mid chunks a chunk attends: recency, or query-key affinity (PackForcing eq. 11 and appendix G).
+"""Which mid chunks a chunk attends: the last ones, those whose keys answer its queries, or any.
 
-The score of an archived chunk is the mean over sampled queries i, its keys j and the first half of the heads of
-q_i . k_j / sqrt(D), queries and keys rotated at their true times. A mean of dot products is the dot product of the
-means, so one stored mean key per (chunk, head) gives exactly these scores; and a temporal shift of a mean of rotated
-keys is the rotation of the mean, so the stored mean never has to be recomputed.
+The score of an archived chunk (PackForcing eq. 11 and appendix G) is the mean over sampled queries i, its keys j and
+the first half of the heads of q_i . k_j / sqrt(D), queries and keys rotated at their true times. A mean of dot products
+is the dot product of the means, so one stored mean key per (chunk, head) gives exactly these scores.
 
-Shapes: B batch, L tokens, h scored heads, D head dim, M archived chunks.
+Shapes: B batch, L tokens, h scored heads, D head dim, M archived chunks, k selected ones.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from model.rope import Rotation, precise, time_rotation
+from model.rope import Rotation
+from utils.registry import Registry
+from utils.rng import keyed_randn
+
+
+class Candidates(NamedTuple):
+    """What a policy may choose from, for one layer of one chunk."""
+
+    archived: range  # chunk ids [M], in time order
+    top_k: int
+    batch: int
+    scores: Callable[[], torch.Tensor]  # -> float32 [B, M]; runs only where it is asked for
+    key: tuple[int, ...]  # (seed, chunk, layer)
+
+
+class Policy(NamedTuple):
+    """`choose` gives ids in time order, int64 [B, k]; `by_query`: what it chooses depends on the chunk's queries."""
+
+    choose: Callable[[Candidates], torch.Tensor]
+    by_query: bool = False
+
+
+SELECTIONS: Registry[Policy] = Registry("cache.selection")
+
+
+def last(candidates: Candidates) -> torch.Tensor:
+    """The most recent chunks."""
+    archived, batch = candidates.archived, candidates.batch
+    return torch.arange(archived.stop - candidates.top_k, archived.stop).expand(batch, -1)
+
+
+def best(candidates: Candidates) -> torch.Tensor:
+    """The chunks of the highest scores."""
+    return top_chunks(candidates.scores(), candidates.top_k) + candidates.archived.start
+
+
+def any_chunks(candidates: Candidates) -> torch.Tensor:
+    """As many at random, drawn anew for every chunk and layer: what an ablation holds the others against."""
+    noise = keyed_randn((1, len(candidates.archived)), "selection", *candidates.key)
+    return top_chunks(noise, candidates.top_k).expand(candidates.batch, -1) + candidates.archived.start
+
+
+SELECTIONS.register("recency")(Policy(last))
+SELECTIONS.register("query_score")(Policy(best, by_query=True))
+SELECTIONS.register("random")(Policy(any_chunks))
+
+
+def top_chunks(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Places of the `top_k` best of M chunks, in time order: scores [B, M] -> int64 [B, top_k]."""
+    return scores.topk(top_k, dim=1).indices.sort(dim=1).values
 
 
 def sampled_queries(num_tokens: int, fraction: float, minimum: int) -> torch.Tensor:
@@ -26,28 +77,10 @@ def scored_heads(num_heads: int) -> int:
 
 def mean_rotated(tokens: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """tokens [B, L, H, D] -> float32 mean over L of the first half of the heads, rotated: [B, h, D]."""
-    heads = scored_heads(tokens.shape[2])
-    return rotation(tokens[:, :, :heads].float()).mean(1)
+    return rotation(tokens[:, :, : scored_heads(tokens.shape[2])].float()).mean(1)
 
 
-def affinity(mean_query: torch.Tensor, mean_keys: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Scores of M chunks.
-
-    Args:
-        mean_query: [B, h, D], rotated with the current chunk at time 0.
-        mean_keys: [B, M, h, D], each rotated with its own chunk at time 0.
-        shifts: [M] true start of each chunk, in latent frames from the current one (negative).
-
-    Returns:
-        float32 [B, M].
-    """
-    dim = mean_query.shape[-1]
-    keys = time_rotation(shifts.to(mean_keys.device, precise(mean_keys.device)), dim)(mean_keys)  # [B, M, h, D]
+def affinity(mean_query: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:
+    """mean_query [B, h, D] and mean_keys [B, M, h, D], rotated at their true times -> scores, float32 [B, M]."""
     # Not an einsum: autocast would take it in bfloat16, and training would choose otherwise than inference.
-    return (mean_query[:, None] * keys).sum((-2, -1)) / (dim**0.5 * mean_query.shape[1])
-
-
-def top_chunks(scores: torch.Tensor, chunk_ids: list[int], top_k: int) -> torch.Tensor:
-    """Ids of the `top_k` best of M chunks, in time order: scores [B, M] -> int64 CPU [B, top_k]."""
-    best = scores.topk(min(top_k, len(chunk_ids)), dim=1).indices.cpu()
-    return torch.tensor(chunk_ids)[best].sort(dim=1).values
+    return (mean_query[:, None] * mean_keys).sum((-2, -1)) / (mean_query.shape[-1] ** 0.5 * mean_query.shape[1])

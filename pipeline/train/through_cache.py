@@ -15,7 +15,6 @@ from model.cache.context import ChunkContext
 from model.schedule import NUM_TIMESTEPS
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.sampler import few_step_timesteps
-from utils.config import Refresh, Selection
 
 
 def flows_through_cache(
@@ -53,9 +52,7 @@ def flows_through_cache(
 
 def select_as_at_inference(rollout: Rollout, context: ChunkContext, noise: torch.Tensor) -> None:
     """Let the first denoising step, on pure noise, choose the chunk's mid tokens where there is a choice."""
-    config = rollout.cache.config
-    chosen_once = config.selection != Selection.recency and config.refresh == Refresh.per_chunk
-    if not chosen_once or len(context.archived) <= context.num_selected:
+    if not context.chooses:
         return
     sampler = rollout.sampler
     first = few_step_timesteps(sampler, rollout.schedule)[0] if sampler.kind == "few_step" else float(NUM_TIMESTEPS)

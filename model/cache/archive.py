@@ -1,0 +1,128 @@
+"""Compressed chunks that wait to be attended again: a ring of rows, in host memory as a rule.
+
+Shapes: B batch, N_c tokens of a compressed chunk, h scored heads, D head dim, k selected chunks.
+"""
+
+import logging
+import os
+
+import psutil
+import torch
+
+from model.block import ChunkKV
+from model.cache.precision import Kept, keep
+
+log = logging.getLogger(__name__)
+
+MOST_CHUNKS = 1024  # of an automatic capacity: 13 minutes at 12 frames a chunk and 16 a second
+SHARE = 4  # an automatic capacity takes one part in this many of the memory
+
+
+class Archive:
+    """K, V of compressed chunks per layer, what selection scores them by, and the clean latents they were made of.
+
+    Args:
+        capacity: chunks that may be selected from; None: all. `auto`: as many as the memory holds, and at most 1024.
+        pending: further chunks that are kept, as they have not left the recent part yet.
+        like: compressed K of a chunk [B, N_c, heads, D], of one of `layers` layers.
+        device: where K, V and latents wait.
+        precision: of K and V, a name of `precision.PRECISIONS`; None: that of the model.
+    """
+
+    def __init__(
+        self, capacity: int | str | None, pending: int, layers: int, like: torch.Tensor, device: str,
+        precision: str | None,
+    ):  # fmt: skip
+        self.device, self.layers = torch.device(device), layers
+        if capacity == "auto":
+            capacity = auto_capacity(2 * layers * keep(like, precision).nbytes, self.device)
+        self.capacity, self.size = capacity, None if capacity is None else capacity + pending
+        self._like, self._precision = like, precision
+        self._kv: list[tuple[Kept, Kept]] = []  # per layer [B, rows, N_c, heads, D]
+        self._means: torch.Tensor | None = None  # [layers, B, rows, h, D], float32, on the model's device
+        self._latents: torch.Tensor | None = None  # [B, rows, C, F, H, W]
+        self._copied: torch.cuda.Event | None = None
+
+    @property
+    def rows(self) -> int:
+        return 0 if self._latents is None else self._latents.shape[1]
+
+    def row(self, number):
+        """Row of the `number`-th chunk that was ever archived (an int, or a tensor of them)."""
+        return number if self.size is None else number % self.size
+
+    def write(self, number: int, kv: ChunkKV, mid: list[tuple[torch.Tensor, torch.Tensor]], means) -> None:
+        """Take a chunk's compressed K (un-rotated) and V of every layer, and its `means` [layers, B, h, D] or None."""
+        row = self.row(number)
+        if row >= self.rows:
+            self._grow(row, kv.latents, means)
+        for kept, pair in zip(self._kv, mid, strict=True):
+            for part, new in zip(kept, pair, strict=True):
+                part[:, row].copy_(keep(new, self._precision))
+        self._latents[:, row].copy_(kv.latents, non_blocking=True)
+        if means is not None:
+            self._means[:, :, row] = means
+        if kv.latents.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def _grow(self, row: int, latents: torch.Tensor, means: torch.Tensor | None) -> None:
+        rows = max(16, 1 << row.bit_length())
+        rows = rows if self.size is None else min(rows, self.size)
+        batch, old, like = latents.shape[0], self._kv, self._like
+        pin = latents.is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
+
+        def enlarged(tensor, shape, dim, **options):
+            new = torch.zeros(*shape[:dim], rows, *shape[dim:], **options)
+            if tensor is not None:
+                new.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+            return new
+
+        self._kv = [
+            tuple(
+                Kept.empty((batch, rows, *like.shape[1:]), like.dtype, self._precision, self.device, pin)
+                for _ in range(2)
+            )
+            for _ in range(self.layers)
+        ]
+        for new_pair, old_pair in zip(self._kv, old, strict=False):
+            for new_part, old_part in zip(new_pair, old_pair, strict=True):
+                new_part[:, : self.rows].copy_(old_part)
+        self._latents = enlarged(
+            self._latents, latents.shape, 1, dtype=latents.dtype, device=self.device, pin_memory=pin
+        )
+        if means is not None:
+            self._means = enlarged(self._means, means.shape, 2, dtype=means.dtype, device=means.device)
+
+    def means(self, layer: int) -> torch.Tensor:
+        """Mean keys [B, rows, h, D] of a layer, in the order of the rows."""
+        return self._means[layer]
+
+    def gather(self, layer: int, numbers: torch.Tensor, device: torch.device) -> tuple[Kept, Kept]:
+        """K (un-rotated), V [B, k * N_c, heads, D] of the chunks `numbers` [B, k]: one copy a part."""
+        rows, samples = self._rows(numbers), torch.arange(len(numbers), device=self.device)[:, None]
+        return tuple(part[samples, rows].flatten_tokens().to(device) for part in self._kv[layer])
+
+    def latents(self, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Clean latents [B, M, C, F, H, W] of the chunks `numbers` [M]."""
+        return self._latents[:, self._rows(numbers)].to(device)
+
+    def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self.row(numbers).to(self.device)
+
+
+def auto_capacity(chunk_bytes: int, device: torch.device) -> int:
+    """Chunks that a share of the device's memory holds, that of the host divided among its processes; at most 1024."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chunks = max(1, min(MOST_CHUNKS, memory // SHARE // chunk_bytes))
+    log.info(
+        "cache.mid_capacity=auto: the last %d compressed chunks are kept for selection, at most %.2f GB in memory (%s)",
+        chunks, chunks * chunk_bytes / 1e9, device,
+    )  # fmt: skip
+    return chunks

@@ -1,0 +1,189 @@
+"""What one layer attends, in place and rotated; no other room places keys or turns them.
+
+    [ sink chunks | ring of recent + 1 chunks | selected mid chunks ]
+
+A chunk's keys are rotated when it is committed and turned by the difference where its time changes later, which the
+policies' origins keep rare (`positions`): sink never, a recent chunk at most once a chunk while it is recent. There are
+no un-rotated keys beside them. The current chunk's K, V go to their ring slot at every forward, so attention reads one
+contiguous prefix and nothing is concatenated. The order of keys does not matter to attention.
+
+Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k selected mid chunks, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import torch
+
+from model.cache.precision import Kept, keep
+from model.rope import Rotation, shift_in_time
+
+
+class Buffers:
+    """Keys and values [B, capacity, heads, D] that attention reads."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def reserve(self, tokens: int, like: torch.Tensor) -> None:
+        """Room for `tokens`, keeping what is there."""
+        if self.keys is not None and self.keys.shape[1] >= tokens:
+            return
+        for name in ("keys", "values"):
+            old, new = getattr(self, name), like.new_empty(like.shape[0], tokens, *like.shape[2:])
+            if old is not None:
+                new[:, : old.shape[1]] = old
+            setattr(self, name, new)
+
+
+@dataclass(eq=False)
+class Held:
+    """K [B, n, heads, D] of a chunk, rotated to `start`, and its V, for forwards with gradient.
+
+    Views of the workspace until that is about to change them, copies from then on.
+    """
+
+    slot: int
+    start: float
+    key: torch.Tensor
+    value: torch.Tensor
+    is_copy: bool = False
+
+    def at(self, start: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """K rotated to `start`, and V."""
+        return self.key if start == self.start else shift_in_time(self.key.clone(), start - self.start), self.value
+
+
+class Workspace:
+    """K, V that one layer attends.
+
+    Args:
+        slots: full-resolution chunks that fit; None: any number.
+        tokens: n.
+        mid_tokens: k * N_c at most.
+        buffers: to be used in place of its own.
+    """
+
+    def __init__(self, slots: int | None, tokens: int, mid_tokens: int, buffers: Buffers | None = None):
+        self.slots, self.tokens, self.mid_tokens = slots, tokens, mid_tokens
+        self.buffers = buffers or Buffers()
+        self.starts: dict[int, float] = {}  # slot -> time its keys are rotated to
+        self.mean_queries: dict[int, torch.Tensor] = {}  # slot -> [B, h, D], where the queries of recent chunks score
+        self._placed: int | None = None  # chunk that the history was last placed for
+        self._mid_for: tuple[object, object] = (None, None)
+        self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # chunk -> what a forward still reads
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.buffers.keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.buffers.values
+
+    def write(self, slot: int, key: torch.Tensor, value: torch.Tensor, start: float) -> None:
+        """Take a finished chunk: K rotated to `start` and V, [B, n, heads, D] each, in place of what the slot held."""
+        slots = self.slots or 1 << (slot + 1).bit_length()  # room for the next chunk too
+        self.buffers.reserve(slots * self.tokens + self.mid_tokens, key)
+        self._let_go(slot)
+        self._store(slot, key, value)
+        self.starts[slot] = start
+
+    def _store(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        for part, new in zip(self._slot(slot), (key, value), strict=True):
+            part.copy_(new)
+
+    def _slot(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, V [B, n, heads, D] of a slot."""
+        where = slice(slot * self.tokens, (slot + 1) * self.tokens)
+        return self.keys[:, where], self.values[:, where]
+
+    def hold(self, chunk: int, slot: int) -> Held:
+        """K, V of a chunk that outlive what happens to its slot later."""
+        held = self._held.get(chunk)
+        if held is None:
+            held = self._held[chunk] = Held(slot, self.starts[slot], *self._slot(slot))
+        return held
+
+    def _let_go(self, slot: int) -> None:
+        """Copy what is still read of a slot that is about to change."""
+        for held in list(self._held.values()):
+            if held.slot == slot and not held.is_copy:
+                held.key, held.value, held.is_copy = held.key.clone(), held.value.clone(), True
+
+    def place(self, chunk: int, own: int, starts: Sequence[tuple[int, float]]) -> None:
+        """Turn the history to the times that it has for `chunk`: at its first forward, the others find it so.
+
+        Args:
+            own: slot that the chunk's own K, V will go to.
+            starts: (slot, time) of every full-resolution chunk of the history.
+        """
+        if chunk == self._placed:
+            return
+        for slot, start in starts:
+            if self.starts[slot] != start:
+                self._let_go(slot)
+                shift_in_time(self._slot(slot)[0], start - self.starts[slot])
+                self.starts[slot] = start
+        self._let_go(own)
+        self._placed = chunk
+
+    def holds_mid(self, selected: torch.Tensor, times: object) -> bool:
+        """Whether the mid part is that of this very selection, at these times; if not, it is about to be."""
+        held, self._mid_for = self._mid_for, (selected, times)
+        return held[0] is selected and held[1] == times
+
+    def place_mid(self, slots: int, key: Kept, value: Kept, rotation: Rotation) -> None:
+        """Un-rotated K, and V, [B, k * N_c, heads, D] behind `slots` full-resolution chunks."""
+        where = slice(slots * self.tokens, slots * self.tokens + key.codes.shape[1])
+        self.keys[:, where].copy_(rotation(key.restored()))
+        self.values[:, where].copy_(value.restored())
+
+    def attend(
+        self, own: int, slots: int, mid_tokens: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (rotated), V of the current chunk, [B, n, heads, D] each, go to slot `own`; what lies in `slots` chunks and
+        the mid part behind them, [B, slots * n + mid_tokens, heads, D]."""
+        where, end = slice(own * self.tokens, (own + 1) * self.tokens), slots * self.tokens + mid_tokens
+        self.keys[:, where], self.values[:, where] = key, value
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class PackedWorkspace(Workspace):
+    """A workspace that keeps sink or mid in fewer bits, and no other copy of them.
+
+    The layers share `buffers`; each restores its parts into them, and rotates the mid part, at every forward.
+
+    Args:
+        sink: chunks of the sink part.
+        precision: of the sink part, a name of `PRECISIONS`; None: that of the model. The mid part comes as it is kept.
+    """
+
+    def __init__(self, *sizes, buffers: Buffers, sink: int, precision: str | None):
+        super().__init__(*sizes, buffers)
+        self.sink, self.precision = sink, precision
+        self._parts: dict[int, tuple[Kept, Kept]] = {}  # slot -> K, V
+        self._mid: tuple[Kept, Kept, Rotation] | None = None
+
+    def _store(self, slot, key, value):
+        precision = self.precision if slot < self.sink else None
+        if slot not in self._parts:
+            self._parts[slot] = tuple(Kept.empty(x.shape, x.dtype, precision, x.device) for x in (key, value))
+        for part, new in zip(self._parts[slot], (key, value), strict=True):
+            part.copy_(keep(new, precision))
+
+    def _slot(self, slot):
+        return tuple(part.restored() for part in self._parts[slot])
+
+    def place_mid(self, slots, key, value, rotation):
+        self._mid = key, value, rotation
+
+    def attend(self, own, slots, mid_tokens, key, value):
+        for slot in range(slots):
+            if slot != own:
+                for part, kept in zip(super()._slot(slot), self._slot(slot), strict=True):
+                    part.copy_(kept)
+        if mid_tokens:
+            super().place_mid(slots, *self._mid)
+        return super().attend(own, slots, mid_tokens, key, value)
