@@ -140,7 +140,7 @@ def test_a_resumed_run_is_the_same_run(root, tmp_path):
         (["model.bundle=null"], "`model.bundle` is not set"),
         (["data.kind=prompts"], "`data.kind` is prompts: this stage learns from clips"),
         (["train.phases=[{steps: 1, frames: 2, batch_size: 1}]"], "`train.phases`: stage consistency has none"),
-        (["consistency.grid_steps=1"], "`consistency.grid_steps` is 1: must be at least 2"),
+        (["consistency.grid_steps=1"], "`consistency.grid_steps` is 1: must lie in .2, 1000."),
     ],
 )
 def test_mistakes_are_named(root, overrides, message):

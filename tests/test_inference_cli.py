@@ -223,7 +223,7 @@ class TestBadInput:
             ([], {"data_path": "none.txt"}, ["prompt file none.txt does not exist"]),
             ([], {"data_path": None}, ["--data_path is missing"]),
             ([], {"num_output_frames": 5}, ["`inference.num_output_frames` is 5", "multiple"]),
-            ([], {"num_output_frames": -2}, ["`inference.num_output_frames` is -2", "must be positive"]),
+            ([], {"num_output_frames": -2}, ["`inference.num_output_frames` is -2", "must lie in [1, 1e7]"]),
             ([], {"seconds": 0}, ["--seconds is 0"]),
             ([], {"seconds": "inf"}, ["--seconds is inf"]),
             (["video.height=40"], {}, ["`video.height` is 40: must be a positive multiple of 16"]),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import yaml
+from safetensors import SafetensorError
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +62,8 @@ def raise_signal(number: int) -> None:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a program's body and return its exit status (None counts as 0); errors are printed to stderr in one line.
 
-    Only errors that the user can mend are caught: `ConfigError`, `OSError`, YAML errors, and any error with an
-    `exit_status`. Everything else is a bug and keeps its traceback.
+    Only errors that the user can mend are caught: `ConfigError`, `OSError` (also inside safetensors), YAML errors, too
+    little memory, and any error with an `exit_status`. Everything else is a bug and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with suppress(ValueError):  # signals can be handled in the main thread only
@@ -73,11 +74,18 @@ def run_command(command: Callable[[], int | None]) -> int:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except Exception as error:
-        status = getattr(error, "exit_status", USAGE_ERROR if isinstance(error, (OSError, yaml.YAMLError)) else None)
+        usual = isinstance(error, (OSError, yaml.YAMLError, SafetensorError)) or _too_large(error)
+        status = getattr(error, "exit_status", USAGE_ERROR if usual else None)
         if status is None:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {'out of memory: ' * _too_large(error)}{one_line(error)}", file=sys.stderr)
         return status
+
+
+def _too_large(error: Exception) -> bool:
+    """Whether memory ran out; torch has an error of its own for that on GPUs, and none on the CPU."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def one_line(error: BaseException) -> str:

@@ -4,12 +4,32 @@ YAML files and the command line change them is in `utils/load_config.py`.
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class ConfigError(ValueError):
     """A setting that cannot be: unknown, of the wrong type, or impossible together with another."""
 
     exit_status = 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of numbers, as mathematicians write it: [0, 1) holds 0 and not 1. NaN lies in none."""
+
+    text: str
+
+    def __contains__(self, number: float) -> bool:
+        low, high = map(float, self.text[1:-1].split(","))
+        above = number > low if self.text[0] == "(" else number >= low
+        return above and (number < high if self.text[-1] == ")" else number <= high)
+
+
+def within(interval: str, *default: Any) -> Any:
+    """A setting that is a number, or a list of them, inside `interval`; required where it has no default."""
+    held = {"default_factory": default[0].copy} if default and isinstance(default[0], list) else {}
+    held = held or ({"default": default[0]} if default else {})
+    return field(**held, metadata={"interval": Interval(interval)})
 
 
 class Stage(StrEnum):
@@ -58,6 +78,22 @@ class LossWeighting(StrEnum):
     none = "none"
 
 
+class Precision(StrEnum):
+    no = "no"
+    bf16 = "bf16"
+
+
+class TrackerKind(StrEnum):
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class DataKind(StrEnum):
+    sprites = "sprites"  # rendered on the fly
+    latents = "latents"  # a folder of prepared shards
+    prompts = "prompts"  # text alone
+
+
 class Sharding(StrEnum):
     none = "none"  # every rank holds all weights
     full = "full"  # all ranks share one copy
@@ -74,11 +110,11 @@ class TextPlacement(StrEnum):
 class VideoConfig:
     """What is generated, in pixels. The latent size follows from the VAE's strides."""
 
-    height: int = 480
-    width: int = 832
-    fps: int = 16
-    frames_per_chunk: int = 3  # latent frames
-    trained_frames: int = 21  # latent frames of a training clip; the range that `fit` positions stay inside
+    height: int = within("[16, 16384]", 480)
+    width: int = within("[16, 16384]", 832)
+    fps: int = within("[1, 1000]", 16)
+    frames_per_chunk: int = within("[1, 1000]", 3)  # latent frames
+    trained_frames: int = within("[1, 1e5]", 21)  # latent frames of a training clip; `fit` positions stay inside
 
 
 @dataclass
@@ -90,24 +126,24 @@ class ModelConfig:
     use_ema: bool = False
     lora: list[str] = field(default_factory=list)  # files, each PATH or PATH:SCALE, in any layout of Wan LoRAs
     random_init: bool = False  # benchmarks and fresh training: the shape below, random weights
-    num_layers: int = 30
-    num_attention_heads: int = 12
-    attention_head_dim: int = 128
-    ffn_dim: int = 8960
-    in_channels: int = 16
-    text_dim: int = 4096
-    text_len: int = 512
-    text_layers: int = 2  # of the small text encoder that a teacher trains along
-    text_heads: int = 4
-    freq_dim: int = 256
+    num_layers: int = within("[1, 1000]", 30)
+    num_attention_heads: int = within("[1, 1000]", 12)
+    attention_head_dim: int = within("[2, 1024]", 128)
+    ffn_dim: int = within("[1, 1e6]", 8960)
+    in_channels: int = within("[1, 4096]", 16)
+    text_dim: int = within("[1, 65536]", 4096)
+    text_len: int = within("[1, 65536]", 512)
+    text_layers: int = within("[1, 100]", 2)  # of the small text encoder that a teacher trains along
+    text_heads: int = within("[1, 1000]", 4)
+    freq_dim: int = within("[2, 65536]", 256)
     cross_attn_norm: bool = True
-    eps: float = 1e-6
+    eps: float = within("(0, 1)", 1e-6)
 
 
 @dataclass
 class CompressorConfig:
     kind: str = "hr_spatial"  # model/compressor.py has them all
-    channels: list[int] = field(default_factory=lambda: [64, 256, 1024])  # one spatial halving each
+    channels: list[int] = within("[1, 65536]", [64, 256, 1024])  # one spatial halving each
 
 
 @dataclass
@@ -116,17 +152,18 @@ class CacheConfig:
 
     kind: CacheKind = CacheKind.pack
     unit: SizeUnit = SizeUnit.chunks  # of sink and recent
-    sink: int = 3
-    recent: int = 2
-    mid_capacity: int | str | None = "auto"  # chunks kept in the archive; auto: what memory holds; null: unbounded
-    top_k: int = 16  # mid chunks attended
+    sink: int = within("[0, 1e6]", 3)
+    recent: int = within("[0, 1e6]", 2)
+    # Chunks kept in the archive; auto: what memory holds; null: unbounded.
+    mid_capacity: int | str | None = within("[1, 1e9]", "auto")
+    top_k: int = within("[0, 1e6]", 16)  # mid chunks attended
     selection: str = "query_score"  # or recency, random; model/cache/selection.py has them all
-    selection_seed: int = 0  # of random
+    selection_seed: int = within("[0, 9e18]", 0)  # of random
     query_scope: QueryScope = QueryScope.current
     refresh: Refresh = Refresh.per_chunk
-    refresh_interval: int = 1  # chunks that share one selection (per_chunk only)
-    query_fraction: float = 0.125  # sampled queries per chunk, at least `min_queries`
-    min_queries: int = 32
+    refresh_interval: int = within("[1, 1e6]", 1)  # chunks that share one selection (per_chunk only)
+    query_fraction: float = within("(0, 1]", 0.125)  # sampled queries per chunk, at least `min_queries`
+    min_queries: int = within("[1, 1e9]", 32)
     temporal: str = "packed"  # or fit, absolute; model/cache/positions.py has them all
     mid_span: MidSpan = MidSpan.source
     spatial: str = "grid"  # or aligned
@@ -139,84 +176,84 @@ class CacheConfig:
 @dataclass
 class SamplerConfig:
     kind: str = "few_step"  # or euler; pipeline/generate/sampler.py has them all
-    steps: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])  # few_step, before warping
+    steps: list[float] = within("(0, 1000]", [1000.0, 750.0, 500.0, 250.0])  # few_step, before warping
     warp: bool = True  # few_step: read `steps` through the shifted table
-    num_steps: int = 30  # euler
-    shift: float | None = None  # of the sampling schedule; null: that of the bundle's scheduler, 5 without one
-    guidance: float = 1.0  # 1: no classifier-free guidance, one branch only
+    num_steps: int = within("[1, 1000]", 30)  # euler
+    shift: float | None = within("(0, 1000]", None)  # null: that of the bundle's scheduler, 5 without one
+    guidance: float = within("[0, 1000]", 1.0)  # 1: no classifier-free guidance, one branch only
     negative_prompt: str = ""
-    context_timestep: float = 0.0  # at which a finished chunk is committed
+    context_timestep: float = within("[0, 1000]", 0.0)  # at which a finished chunk is committed
 
 
 @dataclass
 class InferenceConfig:
     data_path: str | None = None  # prompts: text (one per line), .csv, .json or .jsonl
     output_folder: str | None = None
-    num_output_frames: int = 21  # latent frames
-    num_samples: int = 1  # videos per prompt
+    num_output_frames: int = within("[1, 1e7]", 21)  # latent frames
+    num_samples: int = within("[1, 1e6]", 1)  # videos per prompt
     device: str = "auto"  # auto: cuda where there is one
     dtype: str = "auto"  # auto: bfloat16 on cuda and on a CPU with matrix units for it (AMX), else float32
     attention_backend: str | None = None  # a name of diffusers' dispatcher; null: its default
     compile: bool = False  # torch.compile of the transformer blocks
-    threads: int | None = None  # CPU threads; null: torch's default
+    threads: int | None = within("[1, 1024]", None)  # CPU threads; null: torch's default
 
 
 @dataclass
 class OptimizerConfig:
     kind: OptimizerKind = OptimizerKind.adamw
-    lr: float = 2e-6
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    decay_steps: int = 0  # the last steps of the run, over which the rate falls linearly to zero
+    lr: float = within("[0, 100]", 2e-6)
+    betas: list[float] = within("[0, 1)", [0.0, 0.999])
+    weight_decay: float = within("[0, 100]", 0.01)
+    warmup_steps: int = within("[0, 1e9]", 0)
+    decay_steps: int = within("[0, 1e9]", 0)  # the last steps of the run, over which the rate falls linearly to zero
 
 
 @dataclass
 class PhaseConfig:
     """A stretch of training with its own clip length and batch."""
 
-    steps: int
-    frames: int  # latent frames, counted from the clip's start
-    batch_size: int  # per rank and micro-step
+    steps: int = within("[1, 1e9]")
+    frames: int = within("[1, 1e5]")  # latent frames, counted from the clip's start
+    batch_size: int = within("[1, 1e6]")  # per rank and micro-step
 
 
 @dataclass
 class TrainConfig:
     stage: Stage | None = None
     logdir: str | None = None
-    max_steps: int = 3000
-    batch_size: int = 1  # per rank and micro-step
-    gradient_accumulation: int = 1
-    total_batch_size: int | None = None  # checked against world size x batch_size x gradient_accumulation
+    max_steps: int = within("[1, 1e9]", 3000)
+    batch_size: int = within("[1, 1e6]", 1)  # per rank and micro-step
+    gradient_accumulation: int = within("[1, 1e6]", 1)
+    total_batch_size: int | None = within("[1, 1e9]", None)  # checked: ranks x batch_size x gradient_accumulation
     phases: list[PhaseConfig] = field(default_factory=list)  # curriculum in place of batch_size; the last one goes on
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    max_grad_norm: float = 10.0
-    ema_decay: float = 0.99
-    ema_start_step: int = 200
-    mixed_precision: str = "bf16"  # no | bf16
+    max_grad_norm: float = within("(0, 1e9]", 10.0)
+    ema_decay: float = within("[0, 1)", 0.99)
+    ema_start_step: int = within("[0, 1e9]", 200)
+    mixed_precision: Precision = Precision.bf16
     sharding: Sharding = Sharding.none  # FSDP2; of the frozen models too
-    shard_size: int | None = None  # hybrid: ranks that share a copy; null: those of one machine
+    shard_size: int | None = within("[1, 1e6]", None)  # hybrid: ranks that share a copy; null: those of one machine
     gradient_checkpointing: bool = True
     compile: bool = False
-    checkpoint_every: int = 250
-    keep_checkpoints: int = 2
-    log_every: int = 1
-    sample_every: int = 0  # steps between fixed-prompt sample videos; 0: never
+    checkpoint_every: int = within("[1, 1e9]", 250)
+    keep_checkpoints: int = within("[1, 1e6]", 2)
+    log_every: int = within("[1, 1e9]", 1)
+    sample_every: int = within("[0, 1e9]", 0)  # steps between fixed-prompt sample videos; 0: never
     sample_prompts: list[str] = field(default_factory=list)
-    sample_held_out: int = 0  # further sample prompts: the first captions of the sprite world's held-out split
-    sample_frames: int = 21  # latent frames
-    sample_long_frames: int = 0  # latent frames of a second, longer set of sample videos; 0: none
+    sample_held_out: int = within("[0, 1e5]", 0)  # more of them: first captions of the sprite world's held-out split
+    sample_frames: int = within("[1, 1e6]", 21)  # latent frames
+    sample_long_frames: int = within("[0, 1e6]", 0)  # latent frames of a second, longer set of sample videos; 0: none
     init_from: str | None = None  # transformer folder a teacher or AR model starts from; null: `model`'s shape, random
     text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
     text_placement: TextPlacement = TextPlacement.device  # of a frozen text encoder
-    shift: float = 5.0  # of the training noise schedule
+    shift: float = within("(0, 1000]", 5.0)  # of the training noise schedule
     loss_weighting: LossWeighting = LossWeighting.bell
-    prompt_dropout: float = 0.0  # share of captions replaced by the negative prompt
-    context_noise_timestep: float = 0.0  # noise level of the clean context in teacher forcing, 0..1000
+    prompt_dropout: float = within("[0, 1]", 0.0)  # share of captions replaced by the negative prompt
+    context_noise_timestep: float = within("[0, 1000]", 0.0)  # noise level of the clean context in teacher forcing
     through_cache: bool = False  # ar_diffusion: teacher forcing through `cache`, chunk by chunk, not under a block mask
-    tracker: str | None = None  # null | wandb | tensorboard
+    tracker: TrackerKind | None = None
     project: str = "packforcing"
-    threads: int | None = None
+    threads: int | None = within("[1, 1024]", None)
 
 
 @dataclass
@@ -224,52 +261,52 @@ class StoryConfig:
     """Stories of the sprite world as training clips (`utils/sprites/story.py`): a caption and a weight a chunk. Where
     `video.frames_per_chunk` is 1 every chunk is a still, encoded alone."""
 
-    count: int = 0
-    chunks: int = 5
-    shot_chunks: list[int] = field(default_factory=lambda: [1, 1])  # least and most of a shot
-    share: float = 1.0  # of samples that show a story; the others show a clip of one shot
-    first_weight: float = 1.0  # in the loss, of chunks of a character's first shot; those of returning shots have 1
+    count: int = within("[0, 1e7]", 0)
+    chunks: int = within("[1, 1e4]", 5)
+    shot_chunks: list[int] = within("[1, 1e4]", [1, 1])  # least and most of a shot
+    share: float = within("[0, 1]", 1.0)  # of samples that show a story; the others show a clip of one shot
+    first_weight: float = within("[0, 1]", 1.0)  # in the loss, of a character's first shot; of the others 1
 
 
 @dataclass
 class DataConfig:
-    kind: str = "sprites"  # sprites: rendered on the fly; latents: a folder of prepared shards; prompts: text alone
+    kind: DataKind = DataKind.sprites
     path: str | None = None  # folder of latent shards (written once where kind is sprites), or a file of prompts
     vae: str | None = None  # VAE folder that encodes the clips and decodes the samples
-    num_clips: int = 4096
-    num_stills: int = 0  # further clips of a single frame: cheap lessons in what things look like
-    clip_frames: int = 45  # pixel frames; 4n + 1
+    num_clips: int = within("[0, 1e7]", 4096)
+    num_stills: int = within("[0, 1e7]", 0)  # further clips of a single frame: cheap lessons in what things look like
+    clip_frames: int = within("[1, 1e6]", 45)  # pixel frames; 4n + 1
     stories: StoryConfig = field(default_factory=StoryConfig)
     text_embeddings: str | None = None  # folder of stored prompt embeddings, in place of a text encoder in training
-    shard_size: int = 64  # videos per file of latents (scripts/prepare_data.py)
-    workers: int = 2  # processes per rank that read videos (scripts/prepare_data.py); 0: the main one
+    shard_size: int = within("[1, 1e6]", 64)  # videos per file of latents (scripts/prepare_data.py)
+    workers: int = within("[0, 256]", 2)  # processes per rank that read videos (prepare_data); 0: the main one
 
 
 @dataclass
 class VAEConfig:
     """The tiny world's VAE (`AutoencoderKLWan`, 4x in time and 8x in space) and the objective of the `vae` stage."""
 
-    z_dim: int = 16
-    encoder_dim: int = 16
-    decoder_dim: int = 32
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 3])
-    res_blocks: int = 1
-    patch_size: int = 2
-    initial_logvar: float = -5.0  # of the posterior; its deviation starts at 0.08
-    mse_weight: float = 4.0  # against L1's 1
-    kl_weight: float = 2e-4
-    max_sprites: int = 3  # on one training clip
-    crop_height: int = 32
-    crop_width: int = 48
-    crop_steps: int = 0  # steps on crops of that size, so that a batch holds more clips; whole frames from then on
+    z_dim: int = within("[1, 1024]", 16)
+    encoder_dim: int = within("[1, 4096]", 16)
+    decoder_dim: int = within("[1, 4096]", 32)
+    dim_mult: list[int] = within("[1, 64]", [1, 2, 3])
+    res_blocks: int = within("[1, 100]", 1)
+    patch_size: int = within("[1, 16]", 2)
+    initial_logvar: float = within("[-30, 20]", -5.0)  # of the posterior; its deviation starts at 0.08
+    mse_weight: float = within("[0, 1e6]", 4.0)  # against L1's 1
+    kl_weight: float = within("[0, 1e6]", 2e-4)
+    max_sprites: int = within("[1, 100]", 3)  # on one training clip
+    crop_height: int = within("[16, 16384]", 32)
+    crop_width: int = within("[16, 16384]", 48)
+    crop_steps: int = within("[0, 1e9]", 0)  # first steps, on crops of that size, so that a batch holds more clips
 
 
 @dataclass
 class ConsistencyConfig:
     """Causal consistency distillation (stage `consistency`); its target is the EMA, see `train.ema_decay`."""
 
-    grid_steps: int = 48  # Euler steps of the teacher from noise to clean
-    guidance: float = 3.0  # of the teacher's step
+    grid_steps: int = within("[2, 1000]", 48)  # Euler steps of the teacher from noise to clean
+    guidance: float = within("[0, 1000]", 3.0)  # of the teacher's step
 
 
 @dataclass
@@ -277,10 +314,10 @@ class ODEConfig:
     """Trajectories of the AR model (`scripts/generate_ode_pairs.py`) and the regression on them (stage `ode`)."""
 
     path: str | None = None  # folder of trajectory shards
-    num_trajectories: int = 1024
-    shard_size: int = 16  # trajectories per file
-    grid_steps: int = 48  # Euler steps; `sampler.steps` must be among them
-    guidance: float = 6.0
+    num_trajectories: int = within("[1, 1e9]", 1024)
+    shard_size: int = within("[1, 1e6]", 16)  # trajectories per file
+    grid_steps: int = within("[1, 1000]", 48)  # Euler steps; `sampler.steps` must be among them
+    guidance: float = within("[0, 1000]", 6.0)
 
 
 @dataclass
@@ -289,20 +326,20 @@ class DMDConfig:
 
     teacher: str | None = None  # folder of the frozen WanTransformer3DModel, the real score
     critic: str | None = None  # folder that the critic, the fake score, starts from; null: the teacher's
-    critic_updates: int = 5  # per update of the generator
+    critic_updates: int = within("[1, 1e6]", 5)  # per update of the generator
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
-    guidance: float = 3.0  # of the real score: cond + g * (cond - uncond)
-    score_shift: float = 5.0  # of the timesteps at which both scores are asked
-    min_timestep: float = 20.0
-    max_timestep: float = 980.0
-    max_rollout_frames: int | None = None  # latent frames; null: video.trained_frames. The loss is on the last of them
+    guidance: float = within("[0, 1000]", 3.0)  # of the real score: cond + g * (cond - uncond)
+    score_shift: float = within("(0, 1000]", 5.0)  # of the timesteps at which both scores are asked
+    min_timestep: float = within("(0, 1000]", 20.0)
+    max_timestep: float = within("(0, 1000]", 980.0)
+    max_rollout_frames: int | None = within("[1, 1e6]", None)  # null: video.trained_frames, where the loss is
 
 
 @dataclass
 class Config:
     """The whole. Sections are documented at their classes."""
 
-    seed: int = 0
+    seed: int = within("[0, 9e18]", 0)
     video: VideoConfig = field(default_factory=VideoConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
