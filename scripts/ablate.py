@@ -30,6 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -43,7 +48,6 @@ from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import prompt_noise
 from scripts.ablate_page import write_page
 from scripts.evaluate import EVERY_SECOND, judge, to_frames
-from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
 from utils.load_config import load_config

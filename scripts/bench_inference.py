@@ -17,6 +17,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -27,7 +32,6 @@ from model.causal_wan import CausalWanModel
 from pipeline.bundle import vae_shape
 from pipeline.generate.inference import load_model, resolve_runtime
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
-from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise

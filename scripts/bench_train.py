@@ -28,6 +28,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
@@ -38,7 +43,6 @@ from pipeline.data.prompts import fixed_prompts
 from pipeline.data.text import EmbeddingWriter
 from pipeline.train.dmd import DMDStage
 from pipeline.train.trainer import Trainer
-from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.config import Stage as StageName
 from utils.distributed import World, rank

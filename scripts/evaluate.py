@@ -32,6 +32,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,7 +49,6 @@ from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
-from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.metrics import METRICS, measure

@@ -29,6 +29,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
 import torch
 from diffusers import AutoencoderKLWan
 
@@ -39,7 +44,6 @@ from pipeline.data.text import TextEmbeddings, embed_prompts
 from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, list_videos
 from pipeline.train.stage_parts import need_folder
-from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
 from utils.load_config import load_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from utils.cli import run_command
+from utils.cli import answer_typos, run_command
 from utils.config import Config, ConfigError, Interval, PhaseConfig
 from utils.load_config import load_config, validate
 
@@ -152,6 +152,19 @@ def test_a_typo_is_answered_before_torch_is_imported():
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(names) and all("`cache.top_k`" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["ablate", "bench_inference", "bench_train", "evaluate", "prepare_data"])
+def test_a_script_answers_a_typo_before_torch_is_imported(name):
+    command = [sys.executable, "-X", "importtime", "-m", f"scripts.{name}", "--config_path", "configs/tiny/demo.yaml"]
+    done = subprocess.run([*command, "cache.topk=1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "torch" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: command line: unknown setting `cache.topk`")
+
+
+def test_what_follows_a_flag_may_be_its_value(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--config_path=configs/tiny/demo.yaml", "--vary", "cache.topk=1", "topk"])
+    answer_typos()
 
 
 @pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])

@@ -9,6 +9,7 @@ permission); an error's own `exit_status` where it has one; 128 + n after signal
 """
 
 import logging
+import re
 import signal
 import sys
 import time
@@ -80,6 +81,22 @@ def run_command(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {'out of memory: ' * _too_large(error)}{one_line(error)}", file=sys.stderr)
         return status
+
+
+def answer_typos() -> None:
+    """Leave where `--config_path` or a `key=value` in sys.argv is wrong; for the top of a script whose imports take
+    seconds. What follows a flag may be its value, and is left to the script."""
+    from utils.load_config import load_config
+
+    before, paths, overrides = "", [], []
+    for argument in sys.argv[1:]:
+        if before == "--config_path" or argument.startswith("--config_path="):
+            paths.append(argument.removeprefix("--config_path="))
+        elif not before.startswith("--") and re.match(r"[a-z_]+(\.[a-z_]+)+=", argument):
+            overrides.append(argument)
+        before = "" if "=" in argument else argument
+    if paths and (status := run_command(lambda: load_config(paths[-1], overrides) and 0)):
+        sys.exit(status)
 
 
 def _too_large(error: Exception) -> bool:
