@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace) -> None:
     import torch  # heavy, like what follows: after what can be checked without them
 
     from pipeline.train.checks import check_run
-    from pipeline.train.method import build_stage
+    from pipeline.train.stages import build_stage
     from pipeline.train.trainer import Trainer
     from utils.distributed import barrier, rank
     from utils.lock import locked

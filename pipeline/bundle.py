@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import nn
@@ -152,7 +152,7 @@ def load_transformer(config: Config) -> CausalWanModel:
     """
     settings = transformer_settings(config)
     if config.model.random_init:
-        return _build(settings, config.seed)
+        return random_model(CausalWanModel, settings, config.seed).eval()
     source = transformer_source(config)
     weights = read_weights(source, config.model.use_ema)
     with init_empty_weights(include_buffers=False):
@@ -167,10 +167,12 @@ def load_transformer(config: Config) -> CausalWanModel:
     return model.eval()
 
 
-def _build(settings: dict, seed: int) -> CausalWanModel:
+def random_model(kind: type[WanTransformer3DModel], settings: dict, seed: int) -> WanTransformer3DModel:
+    """Random weights, the same for the same `seed`; of `settings`, what the class does not know is left out."""
+    known = inspect.signature(kind.__init__).parameters
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CausalWanModel(**settings).eval()
+        return kind(**{key: value for key, value in settings.items() if key in known})
 
 
 def place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:

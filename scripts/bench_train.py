@@ -44,7 +44,6 @@ from pipeline.data.text import EmbeddingWriter
 from pipeline.train.dmd import DMDStage
 from pipeline.train.trainer import Trainer
 from utils.config import Config, ConfigError
-from utils.config import Stage as StageName
 from utils.distributed import World, rank
 from utils.load_config import load_config
 from utils.rng import keyed_randn
@@ -157,7 +156,7 @@ def bench(config: Config, repeats: int, device: torch.device, world: World, fold
     config = replace(
         config,
         # The EMA from the first step on: most of a run has it.
-        train=replace(config.train, stage=StageName.dmd, max_steps=1 + repeats * exits, ema_start_step=0, log_every=1,
+        train=replace(config.train, stage="dmd", max_steps=1 + repeats * exits, ema_start_step=0, log_every=1,
                       sample_every=0),
         dmd=replace(config.dmd, critic_updates=1),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from toy import randn, randomize
 
 from model.weights import content_hash
 from pipeline.data.shards import ShardWriter
-from pipeline.train.method import build_stage
+from pipeline.train.stages import build_stage
 from utils.config import Config
 from utils.distributed import World
 from utils.load_config import load_config

@@ -15,8 +15,9 @@ from tiny import HEIGHT, TEXT_LEN, WIDTH, transformer, write_bundle
 import inference_packforcing
 import train
 from pipeline.train.checks import check_plan
+from pipeline.train.stages import METHODS
 from scripts import generate_ode_pairs
-from utils.config import ConfigError, Stage
+from utils.config import ConfigError
 from utils.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,25 +75,25 @@ def of(*stages):
     return pytest.mark.parametrize("path", found, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 
 
-@of(*Stage)
+@of(*METHODS)
 def test_the_stage_of_a_config_takes_a_step(world, tmp_path, monkeypatch, path):
     monkeypatch.setattr("pipeline.train.vae.STATISTICS_CLIPS", 2)  # of a VAE's latents, at export
     logdir = tmp_path / "run"
     arguments = ["--config_path", str(path), *micro(world, path, logdir)]
-    if load_config(path).train.stage == Stage.ode:
+    if load_config(path).train.stage == "ode":
         assert generate_ode_pairs.main(arguments) == 0
     assert train.main([*arguments, "--no_visualize"]) == 0
     logs = (
         json.loads((logdir / "log.jsonl").read_text().splitlines()[0]) if load_config(path).train.log_every == 1 else {}
     )
     assert all(math.isfinite(value) for value in logs.values())
-    if load_config(path).train.stage == Stage.dmd:
+    if load_config(path).train.stage == "dmd":
         assert logs["critic/loss"] > 0 and logs["generator/loss"] > 0
         assert logs["generator/mid_tokens_attended"] > 0 and logs["generator/grad_norm_compressor"] > 0
     assert list((logdir / "bundle").iterdir())
 
 
-@of(None, Stage.dmd)
+@of(None, "dmd")
 def test_inference_of_a_config_makes_a_chunk(world, tmp_path, path):
     arguments = ["--config_path", str(path), "--data_path", str(world / "prompts.txt"),
                  "--output_folder", str(tmp_path / "videos"), *micro(world, path, tmp_path / "run")]  # fmt: skip

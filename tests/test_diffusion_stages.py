@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from model.attention import matmul_attention, prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from pipeline.text import encode_text
-from pipeline.train.flow import ARDiffusionStage, TeacherStage
+from pipeline.train.flow import ARDiffusionStage, TeacherStage, forced_flow
 from pipeline.train.stage_parts import swapped_in
 from utils.config import Config, ConfigError, LossWeighting, PhaseConfig
 from utils.distributed import World
@@ -94,7 +94,7 @@ def test_a_noisy_chunk_sees_clean_chunks_before_it_and_no_later_ones(config):
     batch = stage.batch(0, [0])
 
     def error_of_chunks(batch):
-        flow = stage._flow(batch["noise"], batch["timestep"], stage.encode(batch["captions"]), batch)
+        flow = forced_flow(stage.transformer, batch["noise"], batch["timestep"], stage.clips, batch)
         return flow[:, :, 0], flow[:, :, 1]
 
     first, second = error_of_chunks(batch)
@@ -111,8 +111,8 @@ def test_phases_choose_stills_and_crops_from_the_start(config):
     config.train.phases = [PhaseConfig(2, 1, 1), PhaseConfig(2, 2, 1)]
     stage = TeacherStage(config, CPU, World())
     assert stage.batch(1, [5])["latents"].shape[2] == 1 and stage.batch(2, [5])["latents"].shape[2] == 2
-    still = stage.data.stills.clip_of(1, 5)
-    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stage.data.stills[still])
+    still = stage.clips.data.stills.clip_of(1, 5)
+    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stage.clips.data.stills[still])
 
 
 def test_dropped_prompts_become_the_negative_prompt(config):

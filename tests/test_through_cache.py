@@ -9,7 +9,7 @@ from toy import randn
 from model.cache.context import ChunkContext
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.sampler import few_step_timesteps
-from pipeline.train.flow import ARDiffusionStage
+from pipeline.train.flow import ARDiffusionStage, forced_flow
 from pipeline.train.stage_parts import TrainingClip
 from pipeline.train.through_cache import loss_shares
 from utils.config import ConfigError
@@ -41,7 +41,7 @@ def make(root, story, *overrides, through_cache=True):
     init = f"train.init_from={root}/bundle/transformer"
     config = settings(root, "ar_diffusion", [*OPTIONS, init, f"train.through_cache={through_cache}", *overrides])
     stage = ARDiffusionStage(config, CPU, World())
-    stage.data = story
+    stage.clips.data = story
     return stage
 
 
@@ -79,7 +79,7 @@ def test_a_noisy_chunk_attends_what_it_would_at_inference(root, monkeypatch, cac
     stage = make(root, Story(7), *cache)
     batch, sampler = stage.batch(0, INDICES), stage.config.sampler
     if pure_noise:
-        batch["timestep"][:] = few_step_timesteps(sampler, stage.schedule)[0]
+        batch["timestep"][:] = few_step_timesteps(sampler, stage.clips.schedule)[0]
     with monkeypatch.context() as patch:
         in_training = watch(patch, torch.is_grad_enabled)
         parts(stage, batch)
@@ -145,12 +145,12 @@ def test_parts_add_up_to_a_mean_over_samples_and_weighted_chunks(root):
 
     per_chunk = []
     for chunk in (1, 3):
-        stage.data.weights = [float(i == chunk) for i in range(5)]
+        stage.clips.data.weights = [float(i == chunk) for i in range(5)]
         ((loss, logs),) = parts(stage, stage.batch(0, INDICES))
         assert logs["flow_mse"] == pytest.approx(loss, rel=1e-5)
         per_chunk.append(loss)
     assert both == pytest.approx((2 * per_chunk[0] + per_chunk[1]) / 3, rel=1e-5)
-    stage.data.weights = [0.0] * 5
+    stage.clips.data.weights = [0.0] * 5
     assert [loss for loss, _ in parts(stage, stage.batch(0, INDICES))] == [0.0]
 
 
@@ -166,7 +166,9 @@ def test_block_mask_gives_every_chunk_its_own_caption(root):
     batch = stage.batch(0, INDICES)
 
     def flow(captions):
-        return stage._flow(batch["noise"], stage._per_frame(batch), stage.encode(captions), batch).split(CHUNK, dim=2)
+        _, timestep = stage.clips.noisy(batch)
+        inputs = batch["noise"], timestep, stage.clips, batch | {"captions": captions}
+        return forced_flow(stage.transformer, *inputs).split(CHUNK, dim=2)
 
     texts = batch["captions"]
     mixed = flow(texts)
@@ -183,10 +185,7 @@ def test_block_mask_gives_every_chunk_its_own_caption(root):
 def test_chunks_weigh_under_the_block_mask_too(root):
     stage = make(root, Story(3, [0.0, 1.0, 0.0]), through_cache=False)
     batch = stage.batch(0, INDICES)
-    flow = stage._flow(
-        stage.schedule.add_noise(batch["latents"], batch["noise"], stage._per_frame(batch)),
-        stage._per_frame(batch), stage.encode(batch["captions"]), batch,
-    )  # fmt: skip
+    flow = forced_flow(stage.transformer, *stage.clips.noisy(batch), stage.clips, batch)
     errors = (flow - (batch["noise"] - batch["latents"])).square().split(CHUNK, dim=2)
     assert stage.loss("generator", batch, 0)[0].item() == pytest.approx(errors[1].mean().item(), rel=1e-5)
 

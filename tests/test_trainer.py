@@ -21,7 +21,6 @@ from pipeline.train.state import learning_rate
 from pipeline.train.trainer import StepPlan, Trainer, TrainingDivergedError
 from train import main
 from utils.config import Config, ConfigError, OptimizerConfig, OptimizerKind, PhaseConfig
-from utils.config import Stage as StageName
 from utils.distributed import World
 from utils.rng import keyed_randn
 from utils.tracking import Tracker
@@ -203,7 +202,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only():
 
 def test_the_total_batch_is_checked():
     config = line_config(total_batch_size=64)
-    config.train.stage = StageName.teacher
+    config.train.stage = "teacher"
     with pytest.raises(ConfigError, match=r"total_batch_size.* is 64.*8 ranks x batch_size 2 .* = 16"):
         check_plan(config, world_size=8)
     check_plan(config, world_size=32)
@@ -253,6 +252,7 @@ def test_a_run_killed_twice_ends_with_the_same_bits(tmp_path):
         (["data.vae=/nowhere/vae"], "/nowhere/vae"),
         (["train.text_from=/nowhere/text"], "/nowhere/text"),
         (["train.stage=null"], "train.stage"),
+        (["train.stage=dmdd"], "`train.stage` is dmdd: expected one of"),
         (["train.phases=[{steps: 1, frames: 9, batch_size: 1}]"], "9 latent frames"),
     ],
 )

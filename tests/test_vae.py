@@ -11,7 +11,6 @@ from diffusers import AutoencoderKLWan
 from pipeline.data.vae_clip import decode_clip, encode_moments
 from pipeline.train.vae import VAEStage, latent_statistics, to_frames, to_video
 from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
-from utils.config import Stage as StageName
 from utils.distributed import World
 from utils.sprites.read import MARKED, MOVING, read_seconds, score
 from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
@@ -24,7 +23,7 @@ CLIP_FRAMES = 81
 def small_stage(**vae) -> VAEStage:
     config = Config(
         video=VideoConfig(height=64, width=96),
-        train=TrainConfig(stage=StageName.vae, phases=[PhaseConfig(3, 1, 2), PhaseConfig(5, 2, 1)]),
+        train=TrainConfig(stage="vae", phases=[PhaseConfig(3, 1, 2), PhaseConfig(5, 2, 1)]),
         data=DataConfig(clip_frames=5),
         vae=VAEConfig(**{"encoder_dim": 8, "decoder_dim": 8, "z_dim": 4, **vae}),
     )

@@ -32,15 +32,6 @@ def within(interval: str, *default: Any) -> Any:
     return field(**held, metadata={"interval": Interval(interval)})
 
 
-class Stage(StrEnum):
-    vae = "vae"
-    teacher = "teacher"
-    ar_diffusion = "ar_diffusion"
-    consistency = "consistency"
-    ode = "ode"
-    dmd = "dmd"
-
-
 class CacheKind(StrEnum):
     pack = "pack"  # sink + selected mid + recent
     full = "full"  # all history, full resolution
@@ -219,7 +210,7 @@ class PhaseConfig:
 
 @dataclass
 class TrainConfig:
-    stage: Stage | None = None
+    stage: str | None = None  # pipeline/train/stages.py has them all
     logdir: str | None = None
     max_steps: int = within("[1, 1e9]", 3000)
     batch_size: int = within("[1, 1e6]", 1)  # per rank and micro-step

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config import Config, ConfigError, Sharding, SizeUnit, Stage, TextPlacement
+from utils.config import Config, ConfigError, Sharding, SizeUnit, TextPlacement
 
 Section = TypeVar("Section")
 MAX_ITEMS = 10_000  # of a list
@@ -207,7 +207,7 @@ def validate(config: Config) -> None:
             "sharded", "needs train.sharding=full or hybrid")  # fmt: skip
     require(train.shard_size is None or train.sharding == Sharding.hybrid, "train.shard_size", train.shard_size,
             f"only train.sharding=hybrid reads it, not {train.sharding.value}; unset it")  # fmt: skip
-    require(train.sharding == Sharding.none or train.stage != Stage.vae, "train.sharding", train.sharding.value,
+    require(train.sharding == Sharding.none or train.stage != "vae", "train.sharding", train.sharding.value,
             "the VAE is not run by its forward, which sharding needs; set it to none")  # fmt: skip
     optimizers = {"train.optimizer": train.optimizer, "dmd.critic_optimizer": config.dmd.critic_optimizer}
     for name, optimizer in optimizers.items():

@@ -15,13 +15,13 @@ from pipeline.bundle import read_json, transformer_settings, vae_shape_of
 from pipeline.sources import transformer_source
 from pipeline.train.parallel import shard_size
 from pipeline.train.stage_parts import need_folder
+from pipeline.train.stages import METHODS
 from pipeline.train.vae import build_vae
 from utils.config import Config, ConfigError
-from utils.config import Stage as StageName
 from utils.distributed import World
 
 BYTES_PER_WEIGHT = 16  # in a checkpoint: float32 weight, both moments of AdamW, EMA
-DISTILLED = (StageName.consistency, StageName.ode, StageName.dmd)
+DISTILLED = ("consistency", "ode", "dmd")
 WAN_SETTINGS = inspect.signature(WanTransformer3DModel.__init__).parameters
 GIB = 2**30
 
@@ -44,7 +44,8 @@ def check_plan(config: Config, world_size: int) -> None:
     """Ranks, batch and accumulation against the total batch; the sampler's steps against the schedule."""
     train, sampler = config.train, config.sampler
     if train.stage is None:
-        raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(StageName)}")
+        raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(METHODS)}")
+    METHODS[train.stage]  # an unknown one shows here
     repeated = len(set(sampler.steps)) < len(sampler.steps)
     if train.stage in DISTILLED and sampler.kind == "few_step" and repeated:
         raise ConfigError(f"setting `sampler.steps` is {sampler.steps}: a step must not be there twice")
@@ -72,7 +73,7 @@ def check_ranks(config: Config, world: World) -> None:
 def check_shapes(config: Config) -> None:
     """Video size and clip length against the VAE's strides, the patch and the chunk; the DiT's heads."""
     video, model = config.video, config.model
-    if config.train.stage == StageName.vae:
+    if config.train.stage == "vae":
         return
     COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
     if model.attention_head_dim % 2:
@@ -82,9 +83,9 @@ def check_shapes(config: Config) -> None:
         unit = vae.spatial_stride * patch
         if size % unit:
             raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} px (VAE stride x patch)")
-    if config.train.stage != StageName.teacher:
+    if config.train.stage != "teacher":
         clip, whole = vae.latent_frames(config.data.clip_frames), not config.train.phases
-        rendered = config.data.kind == "sprites" and config.train.stage != StageName.dmd
+        rendered = config.data.kind == "sprites" and config.train.stage != "dmd"
         if rendered and whole and clip % video.frames_per_chunk:
             raise ConfigError(
                 f"setting `data.clip_frames` is {config.data.clip_frames}, {clip} latent frames: these must be "
@@ -113,7 +114,7 @@ def check_models(config: Config) -> None:
             f"setting `data.vae` is {config.data.vae}: its latents have {vae.channels} channels, those of the student "
             f"(model.bundle) {student['in_channels']}"
         )
-    if config.train.stage != StageName.dmd:
+    if config.train.stage != "dmd":
         return
     for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
         if path is None and (model.random_init or key == "dmd.critic"):
@@ -150,11 +151,11 @@ def trained_models(config: Config) -> list[nn.Module]:
     """
     stage = config.train.stage
     with torch.device("meta"):
-        if stage == StageName.vae:
+        if stage == "vae":
             return [build_vae(config.vae)]
         if stage in DISTILLED:
             student = CausalWanModel(**transformer_settings(config))
-            if stage != StageName.dmd:
+            if stage != "dmd":
                 return [student]
             key = "dmd.critic" if config.dmd.critic is not None else "dmd.teacher"
             folder = need_folder(config.dmd.critic or config.dmd.teacher, key, "a WanTransformer3DModel")
@@ -164,7 +165,7 @@ def trained_models(config: Config) -> list[nn.Module]:
             return [WanTransformer3DModel.from_config(read_json(folder / "config.json"))]
         channels = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")).channels
         settings = transformer_settings(config) | {"in_channels": channels, "out_channels": channels}
-        if stage == StageName.teacher:
+        if stage == "teacher":
             settings = {name: settings[name] for name in settings if name in WAN_SETTINGS}
             return [WanTransformer3DModel(**settings)]
         return [CausalWanModel(**settings)]

@@ -16,18 +16,18 @@ from torch import nn
 
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS
-from pipeline.train.flow import HIGH_NOISE, ARDiffusionStage, mean_where
-from pipeline.train.generator import Generator
+from pipeline.train.flow import HIGH_NOISE, FlowMatching, mean_where
+from pipeline.train.generator import Generator, GeneratorStage
+from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
 from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator
 
 
-class ConsistencyStage(ARDiffusionStage):
+@method("consistency")
+class ConsistencyStage(GeneratorStage):
     """Student, its EMA as target, and the frozen AR-diffusion teacher; all start as the model that `model` names."""
-
-    name = "consistency"
 
     def __init__(self, config: Config, device: torch.device, world: World):
         check_student(config)
@@ -36,27 +36,17 @@ class ConsistencyStage(ARDiffusionStage):
                 f"setting `train.ema_start_step` is {config.train.ema_start_step}: the EMA is the target of "
                 "consistency distillation from the first step on; set it to 0"
             )
-        super().__init__(config, device, world)
-        self.sigmas = self.schedule.euler_sigmas(config.consistency.grid_steps).to(device)  # [grid_steps + 1], 1 to 0
-        self.teacher = _frozen_copy(self.transformer)
-        self.target = Generator(_frozen_copy(self.transformer))
+        text = load_text(config, device)
+        self.clips = FlowMatching(config, device, world, text, per_chunk=True)
+        student = load_student(config, text, device, self.clips.latent_shape[0])
+        super().__init__(config, device, student, text, self.clips.data.vae_folder, self.clips.latent_shape)
+        self.sigmas = self.clips.schedule.euler_sigmas(config.consistency.grid_steps).to(device)  # 1 to 0
+        self.teacher, self.target = _frozen_copy(student), Generator(_frozen_copy(student))
         self.targets, self.frozen = {"generator": self.target}, {"teacher": self.teacher}
-
-    def _load_text(self):
-        return load_text(self.config, self.device)
-
-    def _build(self, text_dim: int) -> CausalWanModel:
-        return load_student(self.config, self.text, self.device, self.data.channels)
-
-    def compile(self) -> None:
-        super().compile()
-        for model in (self.teacher, self.target.transformer):
-            for block in model.blocks:
-                block.compile()
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """As for AR diffusion, with the grid point [B] that a sample's chunks share in place of their timesteps."""
-        batch = super().batch(step, sample_indices)
+        batch = self.clips.batch(step, sample_indices)
         points = [
             torch.randint(self.config.consistency.grid_steps, (), generator=keyed_generator(*key))
             for key in ((self.config.seed, "grid", step, index) for index in sample_indices)
@@ -68,8 +58,8 @@ class ConsistencyStage(ARDiffusionStage):
         """Mean squared distance of the student's x0 from its target's; logs its distance from the data's too."""
         latents, point = batch["latents"], batch["point"]  # [B, C, F, H, W], [B]
         sigma, following = self.sigmas[point], self.sigmas[point + 1]  # [B] each
-        embeds = self.encode(batch["captions"])  # [B, (chunks,) text_len, text_dim]
-        clean, level = self._context(batch)
+        embeds = self.clips.embeds(batch)  # [B, (chunks,) text_len, text_dim]
+        clean, level = self.clips.context(batch)
         noisy = (1 - _wide(sigma)) * latents + _wide(sigma) * batch["noise"]  # [B, C, F, H, W]
         x0 = self._x0(self.transformer, noisy, sigma, embeds, clean, level)
         with torch.no_grad():

@@ -24,8 +24,9 @@ from pipeline.bundle import vae_shape_of
 from pipeline.data.vae_clip import normalise
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
-from pipeline.train.generator import CausalGeneratorStage, Generator
+from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
+from pipeline.train.method import method
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import check_student, latent_size, load_score, load_student, load_text
 from pipeline.train.stage_parts import need_folder
@@ -52,26 +53,25 @@ class Generated:
     rollout: Rollout
 
 
-class DMDStage(CausalGeneratorStage):
+@method("dmd")
+class DMDStage(GeneratorStage):
     """Generator and critic against a frozen teacher; `dmd.critic_updates` of the critic to one of the generator.
 
     What is logged of the generator, the critic's lag included, is logged at the steps at which it is due.
     """
 
-    name = "dmd"
-
     def __init__(self, config: Config, device: torch.device, world: World):
         check_student(config)
-        self.config, self.device = config, device
+        self.config = config
         self.window = config.video.trained_frames // config.video.frames_per_chunk  # chunks that the scores see
         longest = config.dmd.max_rollout_frames or config.video.trained_frames
         self.max_chunks = longest // config.video.frames_per_chunk
-        self.vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
-        stride = vae_shape_of(self.vae_folder).spatial_stride
-        self._check_mid_is_reached(latent_size(config, stride))
-        self.text = load_text(config, device)
-        self.transformer = load_student(config, self.text, device)
-        self.latent_shape = (self.transformer.config.in_channels, *latent_size(config, stride))
+        vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+        size = latent_size(config, vae_shape_of(vae_folder).spatial_stride)
+        self._check_mid_is_reached(size)
+        text = load_text(config, device)
+        student = load_student(config, text, device)
+        super().__init__(config, device, student, text, vae_folder, (student.config.in_channels, *size))
         self.new_cache()  # raises where its settings do not fit the model
         self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
         paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher
@@ -80,7 +80,7 @@ class DMDStage(CausalGeneratorStage):
             for path, key in zip(paths, ("dmd.teacher", "dmd.critic"), strict=True)
         )
         self.teacher.requires_grad_(False).eval()
-        self.modules = {"critic": self.critic.train(), "generator": Generator(self.transformer)}
+        self.modules = {"critic": self.critic.train(), **self.modules}
         self.frozen = {"teacher": self.teacher}
         self.schedule = FlowMatchSchedule(config.train.shift)
         self.decoder_vae = self.vae() if self.max_chunks > self.window else None
@@ -125,12 +125,6 @@ class DMDStage(CausalGeneratorStage):
     def parts(self, role: str) -> dict[str, nn.Module]:
         compressor = self.transformer.pack_compressor
         return {"compressor": compressor} if role == "generator" and compressor is not None else {}
-
-    def compile(self) -> None:
-        super().compile()
-        for model in (self.teacher, self.critic):
-            for block in model.blocks:
-                block.compile()
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Prompts; everything else is made by the generator."""

@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import nn
 
 from model.cache.cache import PackCache
 from pipeline.bundle import write_model_index
 from pipeline.data.prompts import sample_prompts
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
 from pipeline.train.method import Stage, Weights
+from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
 from pipeline.train.stage_parts import TextConditioning, save_exported, swapped_in
 from utils.config import Config, TextPlacement
@@ -29,21 +30,23 @@ class Generator(nn.Module):
 
 
 class GeneratorStage(Stage):
-    """A stage whose role "generator" can be sampled and exported.
+    """A stage whose role "generator" is sampled and exported; chunk by chunk, as at inference, unless `generate` says
+    otherwise. The trainer moves its modules to the device.
 
-    Attributes:
+    Args:
         transformer: the DiT inside `modules["generator"]`.
         text: conditioning.
         vae_folder: holds the VAE that decodes samples.
         latent_shape: (C, H, W) of a latent frame.
     """
 
-    config: Config
-    device: torch.device
-    transformer: nn.Module
-    text: TextConditioning
-    vae_folder: Path
-    latent_shape: tuple[int, int, int]
+    def __init__(
+        self, config: Config, device: torch.device, transformer: WanTransformer3DModel, text: TextConditioning,
+        vae_folder: Path, latent_shape: tuple[int, int, int],
+    ):  # fmt: skip
+        self.config, self.device = config, device
+        self.transformer, self.text, self.vae_folder, self.latent_shape = transformer, text, vae_folder, latent_shape
+        self.modules = {"generator": Generator(transformer, text.encoder if text.trainable else None)}
 
     def frozen_modules(self) -> list[nn.Module]:
         sharded = self.config.train.text_placement == TextPlacement.sharded
@@ -52,11 +55,26 @@ class GeneratorStage(Stage):
 
     def compile(self) -> None:
         torch._dynamo.config.recompile_limit = 32  # a variant per clip length of the curriculum, not per block
-        for block in self.transformer.blocks:
-            block.compile(dynamic=False)
+        for module in (*self.modules.values(), *self.targets.values(), *self.frozen.values()):
+            for model in models_of(module):
+                if isinstance(model, WanTransformer3DModel):
+                    for block in model.blocks:
+                        block.compile(dynamic=False if model is self.transformer else None)
 
     def vae(self) -> AutoencoderKLWan:
         return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(self.device)
+
+    def new_cache(self) -> PackCache:
+        """An empty cache as `cache` describes it, for the generator and the stage's latents."""
+        video = self.config.video
+        return PackCache.for_model(self.transformer, self.config.cache, *self.latent_shape[1:], video.trained_frames)
+
+    def generate(self, noise: NoiseSource, prompts: Prompts, step: int) -> torch.Tensor:
+        """`noise` as a rollout takes it and P prompts -> latents [P, C, F, H, W]."""
+        train, chunk = self.config.train, self.config.video.frames_per_chunk
+        rollout = Rollout(self.transformer, self.new_cache(), self.config.sampler, prompts, noise)
+        chunks = max(train.sample_frames, train.sample_long_frames) // chunk
+        return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)
 
     @torch.no_grad()
     def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
@@ -74,7 +92,8 @@ class GeneratorStage(Stage):
             torch.autocast(self.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16"),
         ):
             embeds = self.text.encode([*prompts, config.sampler.negative_prompt]).float()
-            latents = self._generate(prompts, embeds[:-1], embeds[-1:], step).float()
+            noise = prompt_noise(config.seed, prompts, [0] * len(prompts))
+            latents = self.generate(noise, Prompts(embeds[:-1], embeds[-1:]), step).float()
             if folder is None:
                 module.train()
                 return {}
@@ -85,10 +104,6 @@ class GeneratorStage(Stage):
                 scores |= {f"long/{key}": value for key, value in longer.items()}
         module.train()
         return scores
-
-    def _generate(self, prompts: list[str], embeds: torch.Tensor, negative: torch.Tensor, step: int) -> torch.Tensor:
-        """Prompts, their embeddings [P, text_len, text_dim], negative [1, ...] -> sampled latents [P, C, F, H, W]."""
-        raise NotImplementedError
 
     def export(self, folder: Path | None, ema: Weights | None) -> None:
         """A bundle (`pipeline/bundle.py`): transformer and text encoder in bfloat16, and the VAE as it is."""
@@ -102,19 +117,3 @@ class GeneratorStage(Stage):
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
         if (folder / "tokenizer").is_dir():
             write_model_index(folder, self.config)
-
-
-class CausalGeneratorStage(GeneratorStage):
-    """A generator that is sampled chunk by chunk, as at inference."""
-
-    def new_cache(self) -> PackCache:
-        """An empty cache as `cache` describes it, for the generator and the stage's latents."""
-        video = self.config.video
-        return PackCache.for_model(self.transformer, self.config.cache, *self.latent_shape[1:], video.trained_frames)
-
-    def _generate(self, prompts, embeds, negative, step):
-        config, train = self.config, self.config.train
-        noise = prompt_noise(config.seed, prompts, [0] * len(prompts))
-        rollout = Rollout(self.transformer, self.new_cache(), config.sampler, Prompts(embeds, negative), noise)
-        chunks = max(train.sample_frames, train.sample_long_frames) // config.video.frames_per_chunk
-        return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)

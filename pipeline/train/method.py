@@ -1,17 +1,15 @@
 """What a training stage is to the trainer: modules, samples by index, a loss, and how to show and store the result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from utils.config import Config, ConfigError, OptimizerConfig
-from utils.config import Stage as StageName
-from utils.distributed import World
+from utils.config import OptimizerConfig
+from utils.registry import Registry
 
 Weights = dict[str, dict[str, torch.Tensor]]  # role -> parameter name -> value
 
@@ -79,21 +77,14 @@ class Stage(ABC):
         """Compile what is worth it."""
 
 
-def build_stage(config: Config, device: torch.device, world: World) -> Stage:
-    """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
-    if config.train.through_cache and config.train.stage != StageName.ar_diffusion:
-        raise ConfigError(
-            f"setting `train.through_cache`: stage {config.train.stage.value} does not know it; it is for ar_diffusion"
-        )
-    module, name = _STAGES[config.train.stage]
-    return getattr(import_module(module), name)(config, device, world)
+METHODS: Registry[type[Stage]] = Registry("train.stage")  # called with (config, device, world)
 
 
-_STAGES = {  # by name: the stages' modules import this one
-    StageName.vae: ("pipeline.train.vae", "VAEStage"),
-    StageName.teacher: ("pipeline.train.flow", "TeacherStage"),
-    StageName.ar_diffusion: ("pipeline.train.flow", "ARDiffusionStage"),
-    StageName.consistency: ("pipeline.train.consistency", "ConsistencyStage"),
-    StageName.ode: ("pipeline.train.ode", "ODEStage"),
-    StageName.dmd: ("pipeline.train.dmd", "DMDStage"),
-}
+def method(name: str) -> Callable[[type[Stage]], type[Stage]]:
+    """Decorator: the stage that `train.stage` calls `name`. Its module is to be imported in `stages.py`."""
+
+    def add(kind: type[Stage]) -> type[Stage]:
+        kind.name = name
+        return METHODS.register(name)(kind)
+
+    return add

@@ -13,7 +13,8 @@ import torch
 
 from model.schedule import FlowMatchSchedule
 from pipeline.data.clips import place_of
-from pipeline.train.generator import CausalGeneratorStage, Generator
+from pipeline.train.generator import GeneratorStage
+from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
 from pipeline.train.stage_parts import need_folder
 from pipeline.train.trajectories import Trajectories, student_steps
@@ -22,15 +23,13 @@ from utils.distributed import World
 from utils.rng import keyed_generator
 
 
-class ODEStage(CausalGeneratorStage):
+@method("ode")
+class ODEStage(GeneratorStage):
     """Student on the trajectories in `ode.path`."""
-
-    name = "ode"
 
     def __init__(self, config: Config, device: torch.device, world: World):
         check_student(config)
-        self.config, self.device = config, device
-        self.vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+        vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
         self.trajectories = Trajectories(need_folder(config.ode.path, "ode.path", "trajectories"))
         self.steps = student_steps(config)  # [S]
         self.columns = self.trajectories.columns(self.steps.tolist())
@@ -41,10 +40,9 @@ class ODEStage(CausalGeneratorStage):
                 f"chunks of {made_with}"
             )
         _, latents, _ = self.trajectories[0]
-        self.latent_shape = (latents.shape[0], *latents.shape[2:])
-        self.text = load_text(config, device)
-        self.transformer = load_student(config, self.text, device, latents.shape[0])
-        self.modules = {"generator": Generator(self.transformer)}
+        text = load_text(config, device)
+        student = load_student(config, text, device, latents.shape[0])
+        super().__init__(config, device, student, text, vae_folder, (latents.shape[0], *latents.shape[2:]))
         self.schedule = FlowMatchSchedule(config.sampler.shift)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from diffusers import WanTransformer3DModel
 
 from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
-from pipeline.bundle import load_transformer, read_json, transformer_settings
+from pipeline.bundle import load_transformer, random_model, read_json, transformer_settings
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder
 from utils.config import Config, ConfigError
 
@@ -21,7 +18,7 @@ def check_student(config: Config) -> None:
     train, sampler, video = config.train, config.sampler, config.video
     if train.init_from is not None:
         raise ConfigError(
-            f"setting `train.init_from` is {train.init_from}: stage {train.stage.value} starts from model.bundle and "
+            f"setting `train.init_from` is {train.init_from}: stage {train.stage} starts from model.bundle and "
             "model.checkpoint; unset it"
         )
     if train.text_from is None and config.data.text_embeddings is None:
@@ -37,7 +34,7 @@ def check_student(config: Config) -> None:
             f"video.frames_per_chunk={video.frames_per_chunk}"
         )
     if train.phases:
-        raise ConfigError(f"setting `train.phases`: stage {train.stage.value} has none; use train.batch_size")
+        raise ConfigError(f"setting `train.phases`: stage {train.stage} has none; use train.batch_size")
 
 
 def load_text(config: Config, device: torch.device) -> TextConditioning:
@@ -74,10 +71,10 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
     """
     dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
     if config.model.random_init and path is None:
-        return prepare(_random_score(dict(student.config), config.seed), config, device, dtype)
+        return prepare(random_model(WanTransformer3DModel, dict(student.config), config.seed), config, device, dtype)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     if config.model.random_init and not any(folder.glob("*.safetensors*")):
-        model = _random_score(read_json(folder / "config.json"), config.seed)
+        model = random_model(WanTransformer3DModel, read_json(folder / "config.json"), config.seed)
     else:
         model = load_wan(path, key, dtype)
     if model.config.in_channels != student.config.in_channels:
@@ -87,14 +84,6 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
         )
     _check_text(model, text, key)
     return prepare(model, config, device, dtype)
-
-
-def _random_score(settings: dict[str, Any], seed: int) -> WanTransformer3DModel:
-    """Of `settings`, what a WanTransformer3DModel does not know is left out."""
-    known = inspect.signature(WanTransformer3DModel.__init__).parameters
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return WanTransformer3DModel(**{key: value for key, value in settings.items() if key in known})
 
 
 def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = torch.float32):

@@ -20,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 
 from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments
-from pipeline.train.method import Stage, Weights
+from pipeline.train.method import Stage, Weights, method
 from pipeline.train.samples import write_samples
 from pipeline.train.stage_parts import exported, swapped_in
 from pipeline.train.trainer import StepPlan
@@ -123,10 +123,9 @@ def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> t
     return centre.tolist(), (squares / count - centre.square()).sqrt().tolist()
 
 
+@method("vae")
 class VAEStage(Stage):
     """Data, network and objective of the VAE."""
-
-    name = "vae"
 
     def __init__(self, config: Config, device: torch.device, world: World):
         self.config, self.device = config, device

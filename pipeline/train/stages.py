@@ -1,0 +1,16 @@
+"""The stages there are: a module that defines one is imported here, so that `METHODS` has it."""
+
+import torch
+
+from pipeline.train import consistency, dmd, flow, ode, vae  # noqa: F401 - each registers its own
+from pipeline.train.method import METHODS, Stage
+from utils.config import Config, ConfigError
+from utils.distributed import World
+
+
+def build_stage(config: Config, device: torch.device, world: World) -> Stage:
+    """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
+    name = config.train.stage
+    if config.train.through_cache and name != "ar_diffusion":
+        raise ConfigError(f"setting `train.through_cache`: stage {name} does not know it; it is for ar_diffusion")
+    return METHODS[name](config, device, world)
