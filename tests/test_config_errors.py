@@ -1,6 +1,7 @@
 """A wrong setting is one line that names it and where it is from, before torch is even imported."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pytest
 
 from utils.cli import answer_typos, run_command
 from utils.config import Config, ConfigError, Interval, PhaseConfig
-from utils.load_config import load_config, validate
+from utils.foreign_keys import OURS
+from utils.load_config import _known_keys, load_config, validate
 
 ROOT = Path(__file__).parent.parent
 YAML = {
@@ -174,3 +176,42 @@ def test_too_little_memory_is_one_line(capsys, error):
 
     assert run_command(work) == 2
     assert capsys.readouterr().err.startswith("error: out of memory: ")
+
+
+SEED = """
+generator_ckpt: ckpt/causal_forcing_ckpt/causal_ode.pt
+real_name: Wan2.1-T2V-14B
+denoising_step_list: [1000, 750, 500, 250]
+seed: 0
+wandb_key: {your key}
+lr: 2.0e-06
+gc_interval: 100
+unheard_of: 1
+model_kwargs: {timestep_shift: 5.0, pack_sink_blocks: 3, pack_mid_select_topk_blocks: 16}
+"""
+
+
+def test_keys_of_the_seeds_configs_are_told_by_their_names_here(tmp_path):
+    (tmp_path / "seed.yaml").write_text(SEED)
+    with pytest.raises(ConfigError) as raised:
+        load_config(tmp_path / "seed.yaml")
+    message = str(raised.value)
+    assert "\n" not in message and "docs/other_configs.md" in message and "`seed`" not in message
+    for theirs, ours in {"generator_ckpt": "model.checkpoint", "real_name": "dmd.teacher", "lr": "train.optimizer.lr",
+                         "model_kwargs.pack_sink_blocks": "cache.sink", "gc_interval": "there is nothing like it",
+                         "wandb_key": "the environment's WANDB_API_KEY"}.items():  # fmt: skip
+        assert f"`{theirs}` (here {ours})" in message
+    assert "`unheard_of`; the nearest known one is" in message
+
+
+def test_the_table_of_foreign_keys_names_settings_and_is_in_the_docs():
+    known, text = set(_known_keys(Config())), (ROOT / "docs" / "other_configs.md").read_text()
+    for theirs, ours in OURS.items():
+        short = theirs.removeprefix("model_kwargs.")
+        assert re.search(rf"`(model_kwargs\.)?{short}[`:]", text), theirs
+        assert set(re.findall(r"[a-z]+(?:\.[a-z_]+)+", ours)) <= known, ours
+    sections = "|".join(item.name for item in fields(Config()))
+    named = re.findall(rf"`((?:{sections})\.[a-z_.]+)[=`]", text)
+    assert len(named) > 50 and set(named) <= known | {"train.py", "inference.py"}
+    for name in re.findall(r"\| `([a-z0-9_]+\.yaml)`[^|]* \|$", text, re.MULTILINE):
+        assert (ROOT / "configs" / name).is_file(), name

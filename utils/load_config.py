@@ -20,6 +20,7 @@ from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.config import Config, ConfigError, Sharding, SizeUnit, TextPlacement
+from utils.foreign_keys import OURS
 
 Section = TypeVar("Section")
 MAX_ITEMS = 10_000  # of a list
@@ -110,21 +111,32 @@ def _known_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def _check_keys(settings: DictConfig, origin: str) -> None:
-    known = _known_keys(Config())
+    known, unknown = _known_keys(Config()), []
 
     def walk(node: DictConfig, prefix: str) -> None:
         for key in node:
-            full = f"{prefix}{key}"
+            full, child = f"{prefix}{key}", node._get_node(key)
             if full not in known:
-                near = difflib.get_close_matches(full, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{origin}: unknown setting `{full}`; the nearest known one is `{near}`")
-            if any(name.startswith(f"{full}.") for name in known):
-                child = node._get_node(key)
+                inside = list(child) if isinstance(child, DictConfig) and full == "model_kwargs" else [None]
+                unknown.extend(full if name is None else f"{full}.{name}" for name in inside)
+            elif any(name.startswith(f"{full}.") for name in known):
                 if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
                     raise ConfigError(f"{origin}: setting `{full}` is {child}: expected a mapping of settings")
                 walk(child, f"{full}.")
 
     walk(settings, "")
+    if not unknown:
+        return
+    hints = [_hint(key, known) for key in unknown]
+    table = "; docs/other_configs.md has them all" if OURS.keys() & set(unknown) else ""
+    raise ConfigError(f"{origin}: unknown setting {', '.join(hints)}{table}")
+
+
+def _hint(key: str, known: list[str]) -> str:
+    """What a key that is unknown here may mean."""
+    if key in OURS:
+        return f"`{key}` (here {OURS[key] or 'there is nothing like it'})"
+    return f"`{key}`; the nearest known one is `{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}`"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
