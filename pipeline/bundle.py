@@ -10,8 +10,10 @@ import inspect
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -199,10 +201,16 @@ def load_scheduler(config: Config) -> FlowMatchEulerDiscreteScheduler:
 
 
 def read_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The schedule of a folder: its flow shift, by either of diffusers' names; Wan's where it has none."""
+    """The schedule of a folder: its flow shift, Wan's where it has none."""
     path = folder / "scheduler" / "scheduler_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    return FlowMatchEulerDiscreteScheduler(shift=settings.get("shift", settings.get("flow_shift", WAN_SHIFT)))
+    return FlowMatchEulerDiscreteScheduler(shift=flow_shift(read_json(path) if path.is_file() else {}))
+
+
+def flow_shift(settings: Mapping[str, Any]) -> float:
+    """Of a scheduler's settings, by either of diffusers' names. Raises `ConfigError` where it depends on the size."""
+    if settings.get("use_dynamic_shifting"):
+        raise ConfigError("the scheduler has use_dynamic_shifting, a shift for every size: set sampler.shift")
+    return settings.get("shift", settings.get("flow_shift", WAN_SHIFT))
 
 
 def load_text_encoder(

@@ -6,7 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    LayerSkipConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
+from diffusers.hooks import apply_layer_skip
 from peft import LoraConfig
 
 from model.cache.cache import PackCache
@@ -85,7 +97,7 @@ def test_noise_of_ones_own(pipe):
     latents = torch.randn(1, 4, 4, 4, 6)
     given = [pipe(PROMPT, num_frames=13, latents=x).frames for x in (latents, latents.clone(), -latents)]
     assert same(given[0], given[1]) and not same(given[0], given[2])
-    with pytest.raises(ConfigError, match="latents are .*chunk 1 needs"):
+    with pytest.raises(ConfigError, match=r"latents are .*: these videos need \[1, 4, 4, 4, 6\]"):
         pipe(PROMPT, num_frames=13, latents=latents[:, :, :3])
 
 
@@ -104,6 +116,13 @@ def test_guidance_and_many_steps(folder):
     assert not same(guided, plain)
     negative = many.encode_prompt(OTHER)
     assert same(many(PROMPT, guidance_scale=5, negative_prompt_embeds=negative, **options).frames, guided)
+    assert same(many(PROMPT, guidance_scale=0, **options).frames, plain)  # off, as in diffusers
+    two = many([PROMPT, OTHER], negative_prompt=["", OTHER], guidance_scale=5, num_videos_per_prompt=2, **options)
+    assert np.abs(two.frames[0] - many(PROMPT, guidance_scale=5, **options).frames[0]).max() < 1e-5
+    alone = many(OTHER, negative_prompt=OTHER, guidance_scale=5, **options).frames[0]
+    assert np.abs(two.frames[2] - alone).max() < 1e-5
+    with pytest.raises(ConfigError, match="2 negative prompts for 1 prompts"):
+        many(PROMPT, negative_prompt=["", OTHER], guidance_scale=5, **options)
 
 
 def test_cache_settings_of_one_call(pipe):
@@ -127,6 +146,57 @@ def test_callback_sees_every_step_and_may_change_latents(pipe):
     assert seen == [(0, 1000), (1, 750), (2, 1000), (3, 750)] and not latents.any()
 
 
+def test_callback_may_change_the_prompt(pipe):
+    def callback(pipeline, step, timestep, tensors):
+        return {"prompt_embeds": pipe.encode_prompt(OTHER)} if step == 1 else {}
+
+    changed = pipe(PROMPT, num_frames=13, callback_on_step_end=callback).frames
+    plain = pipe(PROMPT, num_frames=13).frames
+    assert not same(changed, plain) and np.abs(changed[:, :5] - plain[:, :5]).max() < 1e-6
+
+
+STEP_CACHES = {
+    "first_block": lambda pipe: FirstBlockCacheConfig(threshold=1.0),
+    "mag": lambda pipe: MagCacheConfig(num_inference_steps=4, mag_ratios=[1.0] * 4, retention_ratio=0.1),
+    "taylor_seer": lambda pipe: TaylorSeerCacheConfig(2, 1, cache_identifiers=["blocks.*attn1"]),
+    "pyramid": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+    ),
+    "faster": lambda pipe: FasterCacheConfig(
+        is_guidance_distilled=True, spatial_attention_timestep_skip_range=(-1, 901),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEP_CACHES)
+def test_step_caches_of_diffusers_leave_out_steps_but_no_commit(folder, name):
+    pipe = PackForcingPipeline.from_pretrained(
+        folder, cache=CACHE, sampler={"kind": "euler", "num_steps": 4}, video=VIDEO
+    )
+    options = {"prompt": PROMPT, "num_frames": 13, "output_type": "latent"}
+    plain = pipe(**options).frames
+    pipe.transformer.enable_cache(STEP_CACHES[name](pipe))
+    with pytest.raises(ZeroDivisionError):  # what is remembered of this one must not reach the next video
+        pipe(OTHER, num_frames=13, callback_on_step_end=lambda *_: 1 / 0)
+    latents = pipe(**options).frames
+    assert 1e-5 < (latents - plain).abs().max() < 0.5
+    stream = pipe.stream(**options)
+    first = next(stream).latents
+    assert same(first, latents[:, :, :2])
+    pipe.transformer.disable_cache()
+    prompts, noise = Prompts(pipe.encode_prompt(PROMPT)), prompt_noise(0, [PROMPT], [0])
+    rollout = Rollout(pipe.transformer, pipe.make_cache(32, 48), pipe.sampler_config, prompts, noise)
+    rollout.commit(first)
+    assert same(next(stream).latents, next(rollout.run(1))[1].detach())
+
+
+def test_a_layer_left_out_of_a_commit_is_an_error(pipe):
+    apply_layer_skip(pipe.transformer, LayerSkipConfig(indices=[0], fqn="blocks"))
+    with pytest.raises(RuntimeError, match="a hook left out a layer while a chunk was committed"):
+        pipe(PROMPT, num_frames=5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -134,6 +204,8 @@ def test_callback_sees_every_step_and_may_change_latents(pipe):
         ({"height": 40}, "height and width are 40"),
         ({"num_frames": 5, "seconds": 2}, "num_frames and seconds"),
         ({"seconds": float("nan")}, "seconds is nan"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt is 1.5: must be a positive whole number"),
+        ({"negative_prompt_embeds": torch.zeros(1, 2, 7)}, "negative_prompt_embeds is .1, 2, 7.: must be .*, 16"),
         ({"output_type": "gif"}, "output_type is gif: expected one of pil"),
         ({"cache": {"top": 1}}, "cache.top"),
         ({"prompt_embeds": torch.zeros(1, 2, 16)}, "prompt and prompt_embeds"),
@@ -162,6 +234,11 @@ def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, fo
     assert not same(other(PROMPT, num_frames=13).frames, wanted)
     again = PackForcingPipeline.from_pretrained(tmp_path / "other", sampler=SAMPLER | {"shift": 3.0}, **settings)
     assert same(again(PROMPT, num_frames=13).frames, wanted)
+    pipe.scheduler = UniPCMultistepScheduler(flow_shift=3.0)
+    assert same(pipe(PROMPT, num_frames=13).frames, wanted)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ConfigError, match="use_dynamic_shifting"):
+        pipe(PROMPT, num_frames=13)
 
 
 def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, tmp_path):
@@ -198,10 +275,12 @@ def test_tiled_decoding_is_the_librarys(pipe):
     assert (torch.cat(pieces, dim=2) - expected).abs().max() < 1e-5
 
 
-def test_offloaded_by_groups_it_makes_the_same_video(pipe, folder):
+@pytest.mark.parametrize("to", ["memory", "disk"])
+def test_offloaded_by_groups_it_makes_the_same_video(pipe, folder, tmp_path, to):
     wanted = pipe(PROMPT, num_frames=13).frames
     other = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler=SAMPLER, video=VIDEO)
-    other.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    path = str(tmp_path) if to == "disk" else None
+    other.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=path)
     assert np.abs(other(PROMPT, num_frames=13).frames - wanted).max() < 1e-5
 
 

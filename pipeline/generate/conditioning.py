@@ -50,8 +50,7 @@ class Conditioning:
         place = {"device": pipe._execution_device, "dtype": pipe.transformer.dtype}
         embeds, negative, repeats = asked.prompt_embeds, None, asked.num_videos_per_prompt
         if sampler.guidance != 1:
-            negative = asked.negative_prompt_embeds
-            negative = (pipe.encode_prompt(sampler.negative_prompt) if negative is None else negative).to(**place)
+            negative = _negative(pipe, asked, sampler).to(**place)
         if embeds is not None:
             lines = [{0: f"embeds {number}"} for number in range(len(embeds)) for _ in range(repeats)]
             return cls(lines, {0: Prompts(embeds.repeat_interleave(repeats, 0).to(**place), negative)})
@@ -68,8 +67,11 @@ class Conditioning:
                 log.info("from %.2f s (chunk %d): %s", pipe.vae_shape.frames(size * start) / fps, start, changed)
         return cls(lines, parts)
 
-    def noise(self, asked: SimpleNamespace) -> NoiseSource:
-        """Noise of every chunk and step: of the call's own source, else of (seed, the chunk's text, sample)."""
+    def noise(self, asked: SimpleNamespace, size: tuple[int, ...]) -> NoiseSource:
+        """Noise of every chunk and step: of the call's own source, else of (seed, the chunk's text, sample).
+
+        Raises `ConfigError` for `latents` of another size than the videos', [C, F, H, W].
+        """
         if asked.noise is not None:
             noise = asked.noise
         elif asked.generator is not None:
@@ -85,19 +87,32 @@ class Conditioning:
                 now = [text_at(line, chunk) for line in self.lines]
                 return prompt_noise(asked.seed or 0, now, samples)(chunk, step, shape)
 
-        return noise if asked.latents is None else _given_noise(asked.latents, noise)
+        if asked.latents is None:
+            return noise
+        latents, needed = asked.latents, [len(self.lines), *size]
+        if list(latents.shape) != needed:
+            raise ConfigError(f"latents are {list(latents.shape)}: these videos need {needed}")
+
+        def given(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+            piece = latents[:, :, chunk * shape[1] : (chunk + 1) * shape[1]].float()
+            return piece if step == 0 else noise(chunk, step, shape).to(piece)
+
+        return given
 
 
-def _given_noise(latents: torch.Tensor, further: NoiseSource) -> NoiseSource:
-    """Noise of the first step from `latents` [B, C, F, H, W], that of others from `further`."""
+def _negative(pipe: PackForcingPipeline, asked: SimpleNamespace, sampler: SamplerConfig) -> torch.Tensor:
+    """Embeddings of what guidance leads away from: [1, n, text_dim], or [B, n, text_dim] where each prompt has its own.
 
-    def draw(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-        frames = shape[1]
-        piece = latents[:, :, chunk * frames : (chunk + 1) * frames]
-        if step != 0:
-            return further(chunk, step, shape).to(latents)
-        if piece.shape[1:] != shape:
-            raise ConfigError(f"latents are {list(latents.shape)}: chunk {chunk} needs {list(shape)}")
-        return piece.float()
-
-    return draw
+    Raises `ConfigError` where their number is not that of the prompts.
+    """
+    embeds, texts = asked.negative_prompt_embeds, asked.negative_prompt
+    if embeds is None:
+        texts = sampler.negative_prompt if texts is None else texts
+        texts = [texts] if isinstance(texts, str) else texts
+        embeds = pad_sequence([pipe.encode_prompt(text)[0] for text in texts], batch_first=True)
+    if len(embeds) == 1:
+        return embeds
+    prompts = len(prompts_of(asked.prompt) if asked.prompt_embeds is None else asked.prompt_embeds)
+    if len(embeds) != prompts:
+        raise ConfigError(f"{len(embeds)} negative prompts for {prompts} prompts: give one, or one for each")
+    return embeds.repeat_interleave(asked.num_videos_per_prompt, 0)

@@ -30,10 +30,10 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import VAEShape, read_scheduler
+from pipeline.bundle import VAEShape, flow_shift, read_scheduler
 from pipeline.data.schedule import Prompt
 from pipeline.generate.conditioning import Conditioning, prompts_of
-from pipeline.generate.rollout import NoiseSource, Rollout, StepCallback
+from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
@@ -103,7 +103,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             cache=cache if cache is not None else asdict(UNTRAINED_CACHE), sampler=sampler or {}, video=video or {}
         )
         stride = VAEShape(vae.config.z_dim, vae.config.scale_factor_temporal, vae.config.scale_factor_spatial)
-        self.vae_shape, self._encoded = stride, {}
+        self.vae_shape, self._encoded, self._rollout = stride, {}, None
         self.video_processor = VideoProcessor(vae_scale_factor=stride.spatial_stride)
 
     @classmethod
@@ -129,6 +129,17 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """As diffusers' Wan pipelines do; also reads `.pt` files with `generator_lora` (LongLive), Wan2.1's names."""
         super().load_lora_weights(read_lora(pretrained_model_name_or_path_or_dict), **options)
 
+    def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
+        """As in diffusers."""
+        if self.text_encoder is not None:  # one module, not two of one weight, which would be offloaded twice
+            self.text_encoder.encoder.embed_tokens = self.text_encoder.shared
+        super().enable_group_offload(*arguments, **options)
+
+    @property
+    def current_timestep(self) -> float | None:
+        """Of the step at work, for step caches such as `PyramidAttentionBroadcastConfig`; 0 in a commit."""
+        return None if self._rollout is None else self._rollout.timestep
+
     @property
     def cache_config(self) -> CacheConfig:
         return section(CacheConfig, "cache", self.config.cache)
@@ -137,7 +148,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def sampler_config(self) -> SamplerConfig:
         """With `shift` made definite: the scheduler's, where the settings have none."""
         sampler = section(SamplerConfig, "sampler", self.config.sampler)
-        return sampler if sampler.shift is not None else replace(sampler, shift=self.scheduler.config.shift)
+        return sampler if sampler.shift is not None else replace(sampler, shift=flow_shift(self.scheduler.config))
 
     @property
     def video_config(self) -> VideoConfig:
@@ -163,7 +174,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def __call__(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -190,7 +201,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt: a text, a schedule `[{"at": seconds, "prompt": text}, ...]`, or a list of those, a video each.
             num_frames: pixel frames of each video; chunks are generated whole and the rest of the last one is cut off.
             num_inference_steps: of the many-step sampler (`sampler.kind=euler`); few-step models have their steps.
-            guidance_scale: 1 turns classifier-free guidance off.
+            guidance_scale: 1 or less turns classifier-free guidance off.
             generator: source of all noise, in place of `seed`.
             latents: noise that the chunks start from, [B, C, F, H, W].
             seconds: in place of `num_frames`, rounded up to whole chunks.
@@ -208,8 +219,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             NotFiniteError: a chunk of NaN or infinite numbers.
         """
         arguments = SimpleNamespace(**{key: value for key, value in locals().items() if key != "self"})
-        chunks = list(self._stream(arguments))
-        pieces = [chunk.frames for chunk in chunks]
+        pieces = [chunk.frames for chunk in self.progress_bar(self._stream(arguments))]
         if output_type == "pil":
             frames = [sum(parts, []) for parts in zip(*pieces, strict=True)]
         elif output_type == "latent":
@@ -227,26 +237,26 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
         self._check(asked)
-        video = self.video_config
-        sampler = self._sampler(asked)
-        conditioning = Conditioning.of(self, asked, sampler)
-        rollout = Rollout(
-            self.transformer,
-            self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache),
-            sampler,
-            conditioning.parts[0],
-            conditioning.noise(asked),
-            device=self._execution_device,
+        video, length, sampler = self.video_config, asked.num_frames, self._sampler(asked)
+        if length is None:
+            length = self._default_frames if asked.seconds is None else math.ceil(asked.seconds * video.fps)
+        conditioning, chunks = Conditioning.of(self, asked, sampler), self.num_chunks(length)
+        cache = self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache)
+        size = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
+        noise = conditioning.noise(asked, (self.transformer.config.in_channels, *size))
+        self._rollout = rollout = Rollout(
+            self.transformer, cache, sampler, conditioning.parts[0], noise, device=self._execution_device
         )
         if asked.callback_on_step_end is not None:
             rollout.on_step_end = self._step_callback(rollout, asked)
-        frames = asked.num_frames
-        if frames is None:
-            frames = self._default_frames if asked.seconds is None else math.ceil(asked.seconds * video.fps)
-        for chunk in self._decoded(rollout, self.num_chunks(frames), asked.num_frames, asked.output_type):
-            yield chunk
-            rollout.prompts = conditioning.parts.get(chunk.index + 1, rollout.prompts)
-        self.maybe_free_model_hooks()
+        try:
+            for chunk in self._decoded(rollout, chunks, asked.num_frames, asked.output_type):
+                yield chunk
+                if chunk.index + 1 in conditioning.parts:
+                    rollout.prompts = conditioning.parts[chunk.index + 1]
+        finally:
+            self._rollout = None
+            self.maybe_free_model_hooks()
 
     @property
     def _default_frames(self) -> int:
@@ -289,7 +299,8 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 f"num_inference_steps is {steps}: this model was distilled for the {len(sampler.steps)} steps "
                 f"{sampler.steps}; leave it out, or load the pipeline with sampler={{'kind': 'euler'}}"
             )
-        changes = {"num_steps": steps, "guidance": asked.guidance_scale, "negative_prompt": asked.negative_prompt}
+        guidance = None if asked.guidance_scale is None else max(1.0, asked.guidance_scale)
+        changes = {"num_steps": steps, "guidance": guidance}
         return replace(sampler, **{key: value for key, value in changes.items() if value is not None})
 
     def _check(self, asked: SimpleNamespace) -> None:
@@ -308,8 +319,14 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ConfigError("neither prompt nor prompt_embeds is given")
         for name in ("num_frames", "seconds", "num_videos_per_prompt", "num_inference_steps"):
             value = getattr(asked, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name} is {value}: must be a positive number")
+            whole = isinstance(value, int) or name == "seconds"
+            if value is not None and not (whole and 0 < value < math.inf):
+                raise ConfigError(f"{name} is {value}: must be a positive {'number' if whole else 'whole number'}")
+        width, longest = self.transformer.config.text_dim, self.transformer.config.text_len
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            value = getattr(asked, name)
+            if value is not None and (value.ndim != 3 or value.shape[1] > longest or value.shape[2] != width):
+                raise ConfigError(f"{name} is {list(value.shape)}: must be [videos, at most {longest}, {width}]")
         if asked.output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type is {asked.output_type}: expected one of {', '.join(OUTPUT_TYPES)}")
         if asked.samples is not None and asked.prompt is not None:
@@ -328,6 +345,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             tensors = {"latents": latents, "prompt_embeds": prompts.embeds, "negative_prompt_embeds": prompts.negative}
             wanted = {name: tensors[name] for name in asked.callback_on_step_end_tensor_inputs}
             changed = asked.callback_on_step_end(self, chunk * rollout.steps_per_chunk + step, timestep, wanted) or {}
+            if changed.keys() - {"latents"}:
+                tensors |= changed
+                rollout.prompts = Prompts(tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
             return changed.get("latents", latents)
 
         return call

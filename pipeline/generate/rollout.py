@@ -81,6 +81,7 @@ class Rollout:
 
     Attributes:
         mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
+        timestep: of the last forward.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Rollout:
         self.device = device or model.device
         self.prompts = prompts
         self.mid_tokens_attended = 0
+        self.timestep: float | torch.Tensor | None = None
 
     @property
     def prompts(self) -> Prompts:
@@ -134,6 +136,8 @@ class Rollout:
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
         """Denoise the next chunk: [B, C, F, H, W]."""
+        if self.model.is_cache_enabled:  # a step cache of diffusers: FirstBlockCache, PAB, ...
+            self.model._reset_stateful_cache()  # it knows the steps of one chunk
         self.mid_tokens_attended = max(self.mid_tokens_attended, context.attended_mid_tokens())
         options = {}
         if self.grad_step is not None:
@@ -161,7 +165,14 @@ class Rollout:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
             noisy = self.schedule.add_noise(latents, self._draw(index, -1), timestep)
         clean = torch.cat([latents] * self.branches).to(self.model.dtype)
+        step_cache = self.model._cache_config
+        if step_cache is not None:
+            self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
         out = self._forward(noisy, 0.0 if timestep is None else timestep, context, clean_hidden_states=clean)
+        if step_cache is not None:
+            self.model.enable_cache(step_cache)
+        if out.kv is None:
+            raise RuntimeError("a hook left out a layer while a chunk was committed: the cache needs them all")
         self.cache.commit(out.kv, context)
 
     def _per_video(self, timestep: float | torch.Tensor) -> torch.Tensor:
@@ -188,7 +199,9 @@ class Rollout:
     ) -> CausalWanOutput:
         """All branches through the DiT; with `train` with gradient, the compressor's included."""
         repeated = torch.cat([latents] * self.branches).to(self.model.dtype)  # [B or 2B, C, F, H, W]
-        with nullcontext() if train else torch.no_grad():
+        self.timestep = timestep
+        step_cache = self.model.cache_context("chunk") if self.model.is_cache_enabled else nullcontext()
+        with step_cache, nullcontext() if train else torch.no_grad():
             return self.model(
                 repeated,
                 self._per_video(timestep).repeat(self.branches),
