@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+modern = $(shell $(1) -c "import sys; print(sys.version_info >= (3, 11))" 2>/dev/null)
 
 .PHONY: demo train-tiny test lint
 
@@ -18,7 +19,12 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+ifneq ($(call modern,$(BIN)/python),True)
+.PHONY: $(READY) # there is no environment yet, or a stale one: its Python is gone, or an old one
+endif
+
 $(READY): requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(filter True,$(call modern,$(PYTHON))),,$(error $(PYTHON) is not Python 3.11 or newer: make PYTHON=python3.11))
+	$(if $(filter True,$(call modern,$(BIN)/python)),,$(PYTHON) -m venv --clear .venv)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	touch $@

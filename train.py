@@ -9,6 +9,7 @@ Ctrl-C or SIGTERM saves one.
 """
 
 import argparse
+import logging
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,8 @@ from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config, to_yaml
 from utils.tracking import Tracker, check_tracker
+
+log = logging.getLogger(__name__)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +77,8 @@ def train(arguments: argparse.Namespace) -> None:
             if config.train.threads is not None:
                 torch.set_num_threads(config.train.threads)
             torch.manual_seed(config.seed)
+            if world.is_main:
+                log.info("%s: loading models and data", config.train.stage)
             stage = build_stage(config, device, world)
             settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
             tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
@@ -81,6 +86,8 @@ def train(arguments: argparse.Namespace) -> None:
                 trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)
                 if config.train.compile:
                     stage.compile()
+                    if world.is_main:
+                        log.info("compiling: the first step of each clip length takes minutes")
                 trainer.run()
             finally:
                 tracker.close()

@@ -20,6 +20,7 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}
 IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 read -ra extra <<<"${EXTRA_ARGS:-}"
 
-exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "${#gpus[@]}" \
+bin=$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && echo .venv/bin/ || true)
+exec "${bin}torchrun" --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "${#gpus[@]}" \
 	--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
 	train.py --config_path "$CONFIG_PATH" --logdir "$LOGDIR" "${extra[@]}"

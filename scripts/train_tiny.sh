@@ -9,7 +9,7 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-bin=$([ -x .venv/bin/torchrun ] && echo .venv/bin/ || true)
+bin=$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && echo .venv/bin/ || true)
 export OMP_NUM_THREADS=1 # a rank a core; two threads in one rank would wait for each other in every operation
 
 for stage in ${STAGES:-vae teacher ar_diffusion teacher_motion consistency dmd}; do

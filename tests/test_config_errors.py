@@ -50,7 +50,7 @@ OVERRIDES = {
     "cache.topk=1": "command line: unknown setting `cache.topk`; the nearest known one is `cache.top_k`",
     "cache.top_k=[1": "command line, `cache.top_k=[1`: not valid YAML",
     "cache=5": "command line: setting `cache` is 5",
-    "train.stage=vaes": "command line: setting `train.stage`",
+    "cache.kind=packs": "command line: setting `cache.kind`",
     "data.path=a\0b": "not valid YAML",
     "data.path='a\udc80'": "not valid YAML",
 }

@@ -10,11 +10,14 @@ from tiny import vae as tiny_vae
 from pipeline.data.clips import LatentClips, SpriteClips, write_clips
 from pipeline.data.shards import PLAN, Shards, ShardWriter, shard_path
 from pipeline.data.vae_clip import encode_frames, normalise
-from utils.config import ConfigError
+from pipeline.train.prompt_data import PromptData
+from pipeline.train.stage_parts import LatentData
+from utils.config import ConfigError, DataKind, PhaseConfig
 from utils.distributed import World
+from utils.load_config import load_config
 from utils.sprites.world import caption, sample_spec
 
-SIZE = (32, 48)
+CPU, SIZE = torch.device("cpu"), (32, 48)
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,27 @@ def test_every_clip_comes_once_an_epoch_whatever_order_is_asked(vae, tmp_path):
     assert sorted(first) == sorted(second) == list(range(6)) and first != second
     assert [again.clip_of(0, i) for i in reversed(range(12))] == list(reversed(first + second))
     assert [clips.clip_of(1, i) for i in range(12)] != first + second
+
+
+def test_only_what_a_stage_shows_is_encoded(tmp_path):
+    torch.manual_seed(0)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    config = load_config("configs/tiny/dmd.yaml")
+    config.video.height, config.video.width = 32, 48
+    config.data.path, config.data.vae = str(tmp_path / "latents"), str(tmp_path / "vae")
+    config.data.num_clips, config.data.num_stills, config.data.clip_frames = 3, 5, 5
+    captions = [caption(sample_spec(config.seed, i)) for i in range(3)]
+    few = PromptData.load(config, 4, CPU, World())
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["reference"]
+    assert few.prompts == captions
+    LatentData.load(config, CPU, World())
+    assert (tmp_path / "latents" / "clips").is_dir() and not (tmp_path / "latents" / "stills").exists()
+    again = PromptData.load(config, 4, CPU, World())
+    assert again.prompts == captions and torch.equal(again.reference.mean, few.reference.mean)
+    config.data.kind = DataKind.latents
+    config.train.phases = [PhaseConfig(1, 1, 1)]
+    data = LatentData.load(config, CPU, World())  # asks for no stills
+    assert data.sample(0, 0, 1).latents.shape[1] == 1
+    config.data.kind = DataKind.sprites
+    LatentData.load(config, CPU, World())
+    assert (tmp_path / "latents" / "stills").is_dir()

@@ -308,6 +308,7 @@ def test_launcher_reads_the_environment(tmp_path):
     stub.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": "activated",
         "CONFIG_PATH": "a.yaml",
         "LOGDIR": "somewhere",
         "MASTER_PORT": "1234",
@@ -324,7 +325,7 @@ def test_launcher_reads_the_environment(tmp_path):
     flags |= {"master_port": "1234", "config_path": "a.yaml", "logdir": "somewhere"}
     assert {name: words[words.index(f"--{name}") + 1] for name in flags} == flags
     assert words[-2:] == ["--disable-wandb", "train.max_steps=3"]
-    bare = {"PATH": environment["PATH"]}
+    bare = {name: environment[name] for name in ("PATH", "VIRTUAL_ENV")}
     done = subprocess.run(["bash", str(script)], env=bare, capture_output=True, text=True, check=True)
     words = done.stdout.split()
     assert words[words.index("--nproc_per_node") + 1] == "8"

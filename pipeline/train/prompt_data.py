@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 
 from pipeline.data.clips import place_of
-from pipeline.data.prompts import read_prompts
+from pipeline.data.prompts import data_prompts, read_prompts
 from pipeline.train.stage_parts import LatentData
 from utils.config import Config, ConfigError
 from utils.distributed import World
@@ -68,6 +69,15 @@ class LatentReference:
         return logs
 
 
+def _reference_only(config: Config) -> Config:
+    """The config with as many clips of the sprite world as the reference takes, where no stage has encoded all yet."""
+    data = config.data
+    if data.kind != "sprites" or data.path is None or (Path(data.path) / "clips").is_dir():
+        return config
+    few = {"path": str(Path(data.path) / "reference"), "num_clips": min(data.num_clips, REFERENCE_CLIPS)}
+    return replace(config, data=replace(data, **few))
+
+
 @dataclass(frozen=True)
 class PromptData:
     """Training prompts, each once per epoch, and the reference that belongs to them."""
@@ -85,11 +95,12 @@ class PromptData:
             if config.data.path is None:
                 raise ConfigError("setting `data.path` is not set: name a file with one prompt per line")
             return cls(read_prompts(config.data.path), LatentReference.of_vae(channels))
-        data = LatentData.load(config, device, world)
+        config = replace(config, data=replace(config.data, num_stills=0))  # they have nothing to teach here
+        data = LatentData.load(_reference_only(config), device, world)
         if data.channels != channels:
             raise ConfigError(f"setting `data.path`: its latents have {data.channels} channels, the model {channels}")
         reference = LatentReference.of_clips(islice(data.clips, REFERENCE_CLIPS))
-        return cls(data.clips.captions, reference)
+        return cls(data_prompts(config), reference)
 
     def prompt(self, seed: int, index: int) -> str:
         """The prompt of training sample `index`."""

@@ -201,6 +201,10 @@ class LatentData:
             ),
         }
         folders = {name: Path(data.path) / name for name, source in sources.items() if len(source)}
+        if all(phase.frames > 1 for phase in config.train.phases):
+            folders.pop("stills", None)  # no step would show one
+        if data.kind == "latents":  # stills are there, or are the first frames of clips
+            folders = {name: folder for name, folder in folders.items() if name == "clips" or folder.is_dir()}
         if data.kind == "sprites":
             vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
             vae_hash = content_hash(vae_folder)
