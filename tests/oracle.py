@@ -321,3 +321,81 @@ class OracleMemory:
         lasting = len(self.committed) < self.chosen_at + self.config.refresh_interval
         if not (complete and lasting and self.config.selection == "query_score"):
             self.chosen, self.chosen_at = {}, None
+
+
+class OracleDeepForcing(OracleMemory):
+    """Deep Forcing for one video: every layer holds a list of (time, row, column, key, value), un-rotated."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.held = {}  # layer -> (sink, mid, whole frames' tokens)
+        self.queries = {}  # layer -> [(time, row, column, query)] of every token so far
+
+    def now(self):
+        return len(self.committed) * self.chunk
+
+    def choose(self, layer, q):
+        """(sink, mid, last) tokens that the current chunk attends."""
+        config, per_frame = self.config, self.grid[0] * self.grid[1]
+        sink, mid, later = self.held.get(layer, ([], [], []))
+        frames = len(later) // per_frame
+        if len(sink + mid + later) // per_frame + self.chunk <= config.window:
+            return sink, mid, later
+        if config.budget is None:
+            keep = config.window - config.sink - self.chunk
+            return sink, [], later[(frames - keep) * per_frame :]
+        last = min(frames, max(0, config.recent - self.chunk))
+        candidates, later = mid + later[: (frames - last) * per_frame], later[(frames - last) * per_frame :]
+        own = [(*place, query) for place, query in zip(self.places(self.now()), q, strict=True)]
+        recent = [entry for entry in self.queries.get(layer, []) if entry[0] >= self.now() - last] + own
+        asked = sum(rotate(query[None], torch.tensor([(t, r, c)], dtype=torch.float64))[0] for t, r, c, query in recent)
+        scores = [
+            float((rotate(key[None], torch.tensor([(t, r, c)], dtype=torch.float64))[0] * asked).sum())
+            for t, r, c, key, _ in candidates
+        ]
+        room = (config.budget - config.sink - max(config.recent, self.chunk)) * per_frame
+        best = sorted(sorted(range(len(candidates)), key=lambda i: -scores[i])[:room])
+        return sink, [candidates[i] for i in best], later
+
+    def places(self, start):
+        return [tuple(place) for place in self.full_positions(start).tolist()]
+
+    def attend(self, layer, q, k, v):
+        if layer not in self.chosen:
+            self.chosen[layer] = self.choose(layer, q)
+        sink, mid, last = self.chosen[layer]
+        per_frame, config = self.grid[0] * self.grid[1], self.config
+        true, mid_frames, last_frames = self.now(), len(mid) // per_frame, len(last) // per_frame
+        start = true - last_frames - mid_frames - len(sink) // per_frame
+        positions, moved = [], config.temporal != "absolute"
+        positions += [(t + start if moved else t, r, c) for t, r, c, *_ in sink]
+        for rank, (t, r, c, *_) in enumerate(mid):
+            aligned = true - last_frames - mid_frames + rank // per_frame
+            positions.append((aligned if moved and config.align_mid else t, r, c))
+        positions += [(t, r, c) for t, r, c, *_ in last]
+        tokens, own = [*sink, *mid, *last], self.full_positions(true)
+        self.attended[layer] = [(t, r, c) for t, r, c, *_ in tokens]
+        keys, values = rotate(k, own), v
+        if tokens:
+            placed = rotate(torch.stack([key for *_, key, _ in tokens]), torch.tensor(positions, dtype=torch.float64))
+            keys, values = torch.cat((placed, keys)), torch.cat((torch.stack([value for *_, value in tokens]), values))
+        return softmax_attention(rotate(q, own), keys, values)
+
+    def commit(self, clean, timestep, text, noisy=None):
+        full, per_frame = [], self.grid[0] * self.grid[1]
+
+        def attend(layer, q, k, v):
+            full.append((q, k, v))
+            return self.attend(layer, q, k, v)
+
+        self.oracle(clean, [timestep] * self.chunk, text, attend)
+        for layer, (queries, keys, values) in enumerate(full):
+            places = self.places(self.now())
+            sink, mid, last = self.chosen[layer]
+            later = last + [(*place, key, value) for place, key, value in zip(places, keys, values, strict=True)]
+            more = self.config.sink * per_frame - len(sink)
+            self.held[layer] = sink + later[:more], mid, later[more:]
+            new = [(*place, query) for place, query in zip(places, queries, strict=True)]
+            self.queries[layer] = self.queries.get(layer, []) + new
+        self.committed.append(None)
+        self.chosen = {}

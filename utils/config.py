@@ -37,6 +37,7 @@ class CacheKind(StrEnum):
     full = "full"  # all history, full resolution
     window = "window"  # recent only
     sink = "sink"  # sink + recent
+    deep_forcing = "deep_forcing"  # sink + window, in latent frames, and tokens kept of what leaves it
 
 
 class SizeUnit(StrEnum):
@@ -144,13 +145,17 @@ class CacheConfig:
     kind: CacheKind = CacheKind.pack
     unit: SizeUnit = SizeUnit.chunks  # of sink and recent
     sink: int = within("[0, 1e6]", 3)
-    recent: int = within("[0, 1e6]", 2)
+    recent: int = within("[0, 1e6]", 2)  # the current chunk not counted; with deep_forcing it is
     # Chunks kept in the archive; auto: what memory holds; null: unbounded.
     mid_capacity: int | str | None = within("[1, 1e9]", "auto")
     top_k: int = within("[0, 1e6]", 16)  # mid chunks attended
     selection: str = "query_score"  # or recency, random; model/cache/selection.py has them all
     selection_seed: int = within("[0, 9e18]", 0)  # of random
     query_scope: QueryScope = QueryScope.current
+    window: int | None = within("[1, 1e6]", None)  # deep_forcing: latent frames attended, the current chunk's included
+    # deep_forcing: frames' worth kept of a full window; null: its oldest frames slide out.
+    budget: int | None = within("[1, 1e6]", None)
+    align_mid: bool = True  # deep_forcing: kept tokens move up to the recent frames (packed); false: their true times
     refresh: Refresh = Refresh.per_chunk
     refresh_interval: int = within("[1, 1e6]", 1)  # chunks that share one selection (per_chunk only)
     query_fraction: float = within("(0, 1]", 0.125)  # sampled queries per chunk, at least `min_queries`

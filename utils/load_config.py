@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config import Config, ConfigError, Sharding, SizeUnit, TextPlacement
+from utils.config import CacheKind, Config, ConfigError, Sharding, SizeUnit, TextPlacement
 from utils.foreign_keys import OURS
 
 Section = TypeVar("Section")
@@ -205,7 +205,8 @@ def validate(config: Config) -> None:
         require(value % 16 == 0, f"video.{name}", value, "must be a positive multiple of 16 pixels")
     for name in ("sink", "recent"):
         value = getattr(cache, name)
-        require(cache.unit == SizeUnit.chunks or value % chunk == 0, f"cache.{name}", f"{value} frames", multiple)
+        in_chunks = cache.unit == SizeUnit.chunks or cache.kind == CacheKind.deep_forcing
+        require(in_chunks or value % chunk == 0, f"cache.{name}", f"{value} frames", multiple)
     capacity = cache.mid_capacity
     require(capacity == "auto" or not isinstance(capacity, str), "cache.mid_capacity", capacity,
             "must be a number of chunks, auto, or null for an unbounded archive")  # fmt: skip

@@ -1,0 +1,1 @@
+from model.cache import deep_forcing as deep_forcing  # registers itself

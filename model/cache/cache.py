@@ -24,6 +24,7 @@ from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
 from utils.config import CacheConfig, CacheKind, QueryScope, SizeUnit
+from utils.registry import Registry
 
 UNBOUNDED = sys.maxsize
 
@@ -39,6 +40,8 @@ class CacheLayout:
     @classmethod
     def of(cls, config: CacheConfig, geometry: ChunkGeometry) -> "CacheLayout":
         """Raises ValueError for sizes in frames that are not multiples of the chunk."""
+        if config.kind == CacheKind.deep_forcing:  # counts in frames
+            return cls(0, -(-(config.window or 0) // geometry.frames), 0)
         unit = geometry.frames if config.unit == SizeUnit.frames else 1
         for name, size in (("sink", config.sink), ("recent", config.recent)):
             if size % unit:
@@ -61,6 +64,9 @@ class CacheLayout:
         """(sink, recent) chunk indices at full resolution while `chunk` is generated."""
         sink = min(chunk, self.sink)
         return range(sink), range(max(sink, chunk - self.recent), chunk)
+
+
+CACHES: Registry["type[PackCache]"] = Registry("cache.kind")
 
 
 class PackCache:
@@ -102,9 +108,9 @@ class PackCache:
             )
         self.reset()
 
-    @classmethod
+    @staticmethod
     def for_model(
-        cls, model: CausalWanModel, config: CacheConfig, latent_height: int, latent_width: int, trained_frames: int
+        model: CausalWanModel, config: CacheConfig, latent_height: int, latent_width: int, trained_frames: int
     ) -> "PackCache":
         """A cache for `model` at a latent size. Raises ValueError where the model lacks the compressor asked for."""
         has, wants = model.config.compressor, config.compressor.kind
@@ -113,7 +119,7 @@ class PackCache:
             if stages[0] != stages[1]:
                 raise ValueError(f"cache.compressor is {stages[1]}: the model was built with {stages[0]}")
         geometry = model.geometry(latent_height, latent_width)
-        return cls(config, geometry, model.config.attention_head_dim, trained_frames)
+        return CACHES[config.kind](config, geometry, model.config.attention_head_dim, trained_frames)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -239,3 +245,7 @@ class PackCache:
 
     def _token_bytes(self, precision: str | None) -> int:
         return 2 * len(self.layers) * keep(self.layers[0].keys[:, :1], precision).nbytes
+
+
+for _kind in (CacheKind.pack, CacheKind.full, CacheKind.window, CacheKind.sink):
+    CACHES.register(_kind)(PackCache)

@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
 from model.attention import best_backend
-from model.cache.cache import PackCache
+from model.cache.cache import CACHES
 from model.causal_wan import CausalWanModel
 from model.geometry import ChunkGeometry
 from model.weights import content_hash
@@ -97,7 +97,7 @@ def check_cache(config: Config, vae: VAEShape) -> None:
             config.video.height // vae.spatial_stride,
             config.video.width // vae.spatial_stride,
         )
-        PackCache(config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
+        CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
