@@ -16,6 +16,7 @@ import argparse
 import sys
 
 from pipeline.data.prompt_files import PromptItem, read_prompt_items
+from pipeline.data.schedule import read_prompt
 from pipeline.sources import require_files
 from utils.cli import run_command
 from utils.config import Config, ConfigError
@@ -65,7 +66,7 @@ def configure(arguments: argparse.Namespace) -> Config:
 def run(arguments: argparse.Namespace) -> int:
     config = configure(arguments)
     if arguments.prompt:
-        items = [PromptItem(" ".join(text.split())) for text in arguments.prompt if text.strip()]
+        items = [PromptItem(read_prompt(text, "--prompt")) for text in arguments.prompt]
     else:
         items = read_prompt_items(config.inference.data_path)
     require_files(config)

@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from inference_packforcing import main
+from model.convert import diffusers_to_wan
 from pipeline.data.prompt_files import PromptItem, read_prompt_items
 from pipeline.generate import inference, run
 from pipeline.generate.jobs import plan, slug
@@ -27,6 +30,8 @@ from utils.video import frame_rate, read_video
 PROMPTS = ["a red circle bounces over a blue plain", "a green shape circles over a gradient", "blue"]
 FIRST, SECOND, THIRD = (f"{i:04d}_{prompt.replace(' ', '-')}" for i, prompt in enumerate(PROMPTS))
 ROOT = Path(__file__).parent.parent
+SHAPE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
+         "freq_dim", "ffn_dim")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +327,9 @@ def test_prompt_files_of_every_kind_say_the_same(tmp_path, name):
         ("p.json", b"[1]", "item 1: expected a prompt or an object with one, found int"),
         ("p.jsonl", b'{"prompt": "x"}\n{"prompt', "line 2: not JSON"),
         ("p.jsonl", b'{"promt": "x"}', "unknown key `promt`; did you mean `prompt`"),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', "`prompt` is '\\ud800', expected text"),
+        ("p.jsonl", b'{"prompt": "x", "negative_prompt": "\\ud800"}', "`negative_prompt` is '\\ud800', expected text"),
+        ("p.jsonl", b'{"prompt": "x", "seed": 1%s}' % (b"0" * 400), "`seed` is 1000"),
         ("p.jsonl", b'{"prompt": 7}', "`prompt` is 7, expected text"),
         ("p.jsonl", b'{"prompt": "x", "seed": 1.5}', "`seed` is 1.5, expected a whole number"),
         ("p.jsonl", b'{"prompt": "x", "seconds": "inf"}', "`seconds` is 'inf', expected a number"),
@@ -358,6 +366,28 @@ def test_what_the_model_does_not_know_is_said(arguments, tmp_path, caplog):
     caplog.clear()
     assert main(arguments(tmp_path, "--prompt", PROMPTS[0], data_path=None)) == 0
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_the_first_real_path_needs_no_training(bundle, tmp_path, caplog):
+    """A plain Diffusers folder of Wan and a few-step checkpoint in Wan2.1's names, as the config for them has it."""
+    shutil.copytree(bundle, tmp_path / "wan")
+    shutil.rmtree(tmp_path / "wan" / "transformer")
+    shape = {key: value for key, value in tiny.transformer().config.items() if key in SHAPE}
+    transformer = WanTransformer3DModel(**shape)
+    transformer.save_pretrained(tmp_path / "wan" / "transformer")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "wan" / "model_index.json").write_text(json.dumps(index))
+    weights = {f"model.{diffusers_to_wan(name)}": tensor for name, tensor in transformer.state_dict().items()}
+    torch.save({"generator": weights}, tmp_path / "causal_forcing.pt")
+    caplog.set_level(logging.INFO)
+    flags = {"config_path": ROOT / "configs/wan_causal_forcing.yaml", "checkpoint_path": tmp_path / "causal_forcing.pt"}
+    flags |= {"prompt": PROMPTS[0], "output_folder": tmp_path / "out", "seconds": 0.5}
+    settings = [f"model.bundle={tmp_path / 'wan'}", f"video.height={tiny.HEIGHT}", f"video.width={tiny.WIDTH}"]
+    assert main([f"--{name}={value}" for name, value in flags.items()] + settings) == 0
+    assert "compressor" not in caplog.text
+    sidecar = json.loads((tmp_path / "out" / f"{FIRST}.json").read_text())
+    assert sidecar["config"]["cache"]["kind"] == "sink" and sidecar["frames"] == 9
+    assert read_video(tmp_path / "out" / f"{FIRST}.mp4").std() > 1
 
 
 def test_prompts_on_the_command_line(arguments, finished, tmp_path):

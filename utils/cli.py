@@ -55,9 +55,19 @@ def noted_signals(what_now: str) -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+_asked: list[int] = []  # signals that the command was sent
+
+
 def raise_signal(number: int) -> None:
     """Leave as `run_command` does after signal `number`."""
+    _asked.append(number)
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def stop_if_asked() -> None:
+    """Leave where something, a destructor say, has swallowed the exception of an earlier signal; for long loops."""
+    if _asked:
+        raise_signal(_asked[0])
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -67,14 +77,17 @@ def run_command(command: Callable[[], int | None]) -> int:
     little memory, and any error with an `exit_status`. Everything else is a bug and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _asked.clear()
     with suppress(ValueError):  # signals can be handled in the main thread only
-        signal.signal(signal.SIGTERM, lambda number, frame: raise_signal(number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: raise_signal(number))
     try:
         return command() or 0
-    except KeyboardInterrupt as stop:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-    except Exception as error:
+    except BaseException as error:
+        if _asked or isinstance(error, KeyboardInterrupt):  # or what that broke on its way, an import for example
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            return 128 + _asked[0] if _asked else INTERRUPTED
         usual = isinstance(error, (OSError, yaml.YAMLError, SafetensorError)) or _too_large(error)
         status = getattr(error, "exit_status", USAGE_ERROR if usual else None)
         if status is None:
@@ -99,7 +112,7 @@ def answer_typos() -> None:
         sys.exit(status)
 
 
-def _too_large(error: Exception) -> bool:
+def _too_large(error: BaseException) -> bool:
     """Whether memory ran out; torch has an error of its own for that on GPUs, and none on the CPU."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.schedule import Prompt, check_keys, number, read_prompt
+from pipeline.data.schedule import Prompt, check_keys, is_text, number, read_prompt
 from utils.config import ConfigError
 
 _BINARY_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -99,7 +99,7 @@ def _item(row: Any, where: str) -> PromptItem:
     check_keys(row, FIELDS, where)
     prompt = read_prompt(row.get("prompt"), where)
     negative = row.get("negative_prompt")
-    if not isinstance(negative, str | None):
+    if negative is not None and not is_text(negative):
         raise ConfigError(f"{where}: `negative_prompt` is {negative!r}, expected text")
     seed, seconds = (None if row.get(name) is None else number(row[name], name, where) for name in ("seed", "seconds"))
     if seed is not None and seed != int(seed):

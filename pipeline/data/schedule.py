@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import json
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Prompt = str | list[dict[str, Any]]  # a text, or a schedule
 FIELDS = ("at", "prompt")
+LARGEST = 1e300
 
 
 def check_keys(row: dict, known: Iterable[str], where: str) -> None:
@@ -31,14 +32,19 @@ def check_keys(row: dict, known: Iterable[str], where: str) -> None:
 
 
 def number(value: Any, name: str, where: str) -> float:
-    """Raises `ConfigError` for what is no finite number."""
+    """Whole ones stay exact. Raises `ConfigError` for what is no finite number."""
     try:
-        found = float(value)
-    except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, bool) or not math.isfinite(found):
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, int | float) or isinstance(found, bool) or not abs(found) < LARGEST:
         raise ConfigError(f"{where}: `{name}` is {value!r}, expected a number")
     return found
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 has: a lone surrogate is none."""
+    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def read_prompt(value: Any, where: str) -> Prompt:
@@ -52,7 +58,7 @@ def read_prompt(value: Any, where: str) -> Prompt:
             if after <= before:
                 raise ConfigError(f"{where}: `at` {after:g} follows {before:g}: sort the entries by time")
         return entries
-    if not isinstance(value, str) or not value.strip():
+    if not is_text(value) or not value.strip():
         raise ConfigError(f"{where}: `prompt` is {value!r}, expected text, or a list of {{at, prompt}}")
     return " ".join(value.split())
 
@@ -62,7 +68,7 @@ def _entry(entry: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: expected an object with `at` (seconds) and `prompt`, found {entry!r}")
     check_keys(entry, FIELDS, where)
     text = entry.get("prompt")
-    if not isinstance(text, str):
+    if not is_text(text):
         raise ConfigError(f"{where}: `prompt` is {text!r}, expected text")
     return {"at": number(entry.get("at"), "at", where), "prompt": read_prompt(text, where)}
 

@@ -36,6 +36,7 @@ from pipeline.data.schedule import texts
 from pipeline.generate.jobs import Job, resolved
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
 from pipeline.sources import bundle_folder, loras, transformer_source
+from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError
 from utils.video import VideoWriter
 
@@ -168,8 +169,8 @@ class VideoMaker:
         for job in jobs:
             try:
                 content = self.make(job, show_progress)
-            except (ConfigError, NotFiniteError, OSError, FFmpegError) as error:
-                failed[job.video.name] = " ".join(str(error).split())
+            except (ConfigError, NotFiniteError, OSError, FFmpegError, torch.OutOfMemoryError) as error:
+                failed[job.video.name] = one_line(error)
                 log.error("%s failed: %s", job.video, failed[job.video.name])
                 continue
             speed = content["timing"]["frames_per_second"]
@@ -198,6 +199,7 @@ class VideoMaker:
                 num_frames=frames,
                 output_type="uint8",
             ):
+                stop_if_asked()
                 writer.append(chunk.frames[0])
                 report, chunks = chunk.report, chunks + 1
                 speed = writer.frames / (time.perf_counter() - start)
