@@ -16,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from pipeline.sources import require_training_files
 from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config, to_yaml
@@ -45,6 +46,7 @@ def configure(arguments: argparse.Namespace) -> tuple[Config, Path]:
     if config.train.logdir is None:
         raise ConfigError("no folder for the run: give --logdir or set train.logdir")
     check_tracker(config.train.tracker)
+    require_training_files(config)
     return config, Path(config.train.logdir)
 
 

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, DataKind
 
 REAL_MODELS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers")  # of Wan-AI
-# Where the checkpoints of the published recipes are.
+# Where the checkpoints and prompts of the published recipes are.
 PUBLISHED = {
     name: f"zhuhz22/Causal-Forcing chunkwise/{name}" for name in ("causal_ode.pt", "causal_cd.pt", "causal_forcing.pt")
-} | {"self_forcing_dmd.pt": "gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt"}
+} | {
+    "self_forcing_dmd.pt": "gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt",
+    "vidprom_filtered_extended.txt": "gdhe17/Self-Forcing vidprom_filtered_extended.txt",
+}
 _OF_TRAINING = "a training run writes it: run its stage with train.py, or name another"
 _CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
 
@@ -78,19 +81,59 @@ def _missing_checkpoint(path: Path) -> list[str]:
             export = f"python -m scripts.export_checkpoint {path} model.pt"
             return [f"checkpoint {path} is of a training run; {export} makes one for inference of it"]
         return []
+    how = _where_to_get(path, None) or "expected a diffusers folder, a .safetensors or a .pt file"
+    return [f"checkpoint {path} does not exist; {how}"]
+
+
+def _where_to_get(path: Path, setting: str | None = "model.bundle") -> str:
+    """How what is not there may come about; `setting` could name another one."""
     if path.name in PUBLISHED:
         get = PUBLISHED[path.name]
         inside = get.endswith(f" {path.parent.name}/{path.name}")
-        to = f"--local-dir {path.parent.parent}" if inside else f"and move it to {path}"
-        return [f"checkpoint {path} does not exist; hf download {get} {to}"]
+        return f"hf download {get} " + (f"--local-dir {path.parent.parent}" if inside else f"and move it to {path}")
     if "runs" in path.parts:
-        return [f"checkpoint {path} does not exist; {_OF_TRAINING}"]
-    return [f"checkpoint {path} does not exist; expected a diffusers folder, a .safetensors or a .pt file"]
-
-
-def _where_to_get(folder: Path) -> str:
-    if "runs" in folder.parts:
         return _OF_TRAINING
-    known = folder.name in REAL_MODELS
-    get = f"hf download Wan-AI/{folder.name if known else REAL_MODELS[0]} --local-dir {folder}"
-    return get if known else f"name one with model.bundle, or for the real model: {get}"
+    real = next((folder for folder in (path, *path.parents) if folder.name in REAL_MODELS), None)
+    if real is not None:
+        return f"hf download Wan-AI/{real.name} --local-dir {real}"
+    get = f", or for the real model: hf download Wan-AI/{REAL_MODELS[0]} --local-dir {path}"
+    return "" if setting is None else f"name one with {setting}" + get * (setting == "model.bundle")
+
+
+def require_training_files(config: Config) -> None:
+    """Raise `ConfigError` that lists every file of a training stage that is not there, each with how to get it."""
+    model, train, data, stage = config.model, config.train, config.data, config.train.stage
+    if stage is None:
+        return
+    distilled, fresh = stage in ("consistency", "ode", "dmd"), model.random_init
+    # Setting -> its value, whether the stage reads it, what must be there (None: it may be unset).
+    needed = {
+        "data.vae": (data.vae, stage != "vae", "an AutoencoderKLWan"),
+        "data.path": (data.path, stage not in ("vae", "ode"), f"{data.kind.value} to train on"),
+        "data.text_embeddings": (data.text_embeddings, stage != "vae", None),
+        "train.init_from": (train.init_from, stage in ("teacher", "ar_diffusion"), None),
+        "train.text_from": (train.text_from, stage != "vae", None),
+        "model.bundle": (model.bundle, distilled and not fresh and model.checkpoint is None, "the student"),
+        "ode.path": (config.ode.path, stage == "ode", "trajectories"),
+        "dmd.teacher": (config.dmd.teacher, stage == "dmd" and not fresh, "a WanTransformer3DModel"),
+        "dmd.critic": (config.dmd.critic, stage == "dmd", None),
+    }
+    writers = {"ode.path": "generate_ode_pairs", "data.text_embeddings": "prepare_data"}
+    writers |= {"data.path": "prepare_data"} if data.kind == DataKind.latents else {}
+    missing = []
+    for key, (path, read, what) in needed.items():
+        made = key == "data.path" and data.kind == DataKind.sprites  # written by the run itself
+        if not read or (path is None and what is None):
+            continue
+        if path is None:
+            missing.append(f"setting `{key}` is not set: name where {what} can be found")
+        elif not made and not Path(path).exists():
+            writer = f"python -m scripts.{writers[key]} writes it" if key in writers else None
+            missing.append(f"setting `{key}` is {path}: nothing is there; {writer or _where_to_get(Path(path), key)}")
+    if distilled and not fresh and model.checkpoint is not None:
+        missing += _missing_checkpoint(Path(model.checkpoint))
+    elif distilled and not fresh and model.bundle is not None:
+        bundle = Path(model.bundle)
+        missing += [f"bundle {bundle} has no transformer"] * (bundle.is_dir() and not (bundle / "transformer").is_dir())
+    if missing:
+        raise ConfigError("; and ".join(missing))

@@ -160,7 +160,7 @@ def test_missing_bundle_and_checkpoint(configure, tmp_path):
 
 def test_missing_transformer(configure, bundle, tmp_path):
     (bundle / "transformer").rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="no transformer/; give model.checkpoint, or .*hf download"):
+    with pytest.raises(ConfigError, match="no transformer/ .*--checkpoint_path.*hf download"):
         check_bundle(configure())
 
 

@@ -215,3 +215,24 @@ def test_the_table_of_foreign_keys_names_settings_and_is_in_the_docs():
     assert len(named) > 50 and set(named) <= known | {"train.py", "inference.py"}
     for name in re.findall(r"\| `([a-z0-9_]+\.yaml)`[^|]* \|$", text, re.MULTILINE):
         assert (ROOT / "configs" / name).is_file(), name
+
+
+def test_files_that_a_training_lacks_are_listed_at_once_each_with_how_to_get_it(tmp_path):
+    run = ["--config_path", str(ROOT / "configs" / "packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml")]
+    run += [f"--logdir={tmp_path / 'run'}", "data.text_embeddings=/nowhere", "train.text_from=runs/ar"]
+    command, environment = [sys.executable, "-X", "importtime", str(ROOT / "train.py")], {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *run], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    *imports, line = done.stderr.splitlines()
+    assert not any("torch" in module for module in imports)
+    for part in (
+        "`data.vae` is ckpt/Wan2.1-T2V-1.3B-Diffusers/vae: nothing is there; hf download Wan-AI/Wan2.1-T2V-1.3B",
+        " --local-dir ckpt/Wan2.1-T2V-1.3B-Diffusers;",
+        "`dmd.teacher` is ckpt/Wan2.1-T2V-14B-Diffusers/transformer: nothing is there; hf download Wan-AI/Wan2.1-T2V-1",
+        "hf download gdhe17/Self-Forcing vidprom_filtered_extended.txt and move it to prompts/",
+        "hf download zhuhz22/Causal-Forcing chunkwise/causal_ode.pt",
+        "`data.text_embeddings` is /nowhere: nothing is there; python -m scripts.prepare_data writes it",
+        "`train.text_from` is runs/ar: nothing is there; a training run writes it",
+    ):
+        assert part in line
+    assert not (tmp_path / "run").exists()

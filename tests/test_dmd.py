@@ -12,6 +12,7 @@ from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, 
 from safetensors.torch import load_file, save_file
 from toy import randn
 
+from pipeline.sources import require_training_files
 from pipeline.train.checks import check_models
 from pipeline.train.prompt_data import LatentReference
 from pipeline.train.trainer import Trainer, TrainingDivergedError
@@ -271,7 +272,7 @@ def test_a_teacher_of_nans_stops_the_run_and_moves_nothing(root, tmp_path):
     [
         ({"dmd.teacher": "/nowhere"}, "`dmd.teacher` is /nowhere"),
         ({"dmd.critic": "OTHER"}, "`dmd.critic` is .*: its in_channels is 6"),
-        ({"model.checkpoint": "/nowhere.pt"}, "`model.checkpoint`: there is no transformer /nowhere.pt"),
+        ({"model.checkpoint": "/nowhere.pt"}, "checkpoint /nowhere.pt does not exist"),
         ({"data.kind": "prompts", "data.path": "/nowhere.txt"}, "`data.path` is /nowhere.txt"),
         ({"data.vae": "OTHER_VAE"}, "`data.vae` is .*: its latents have 7 channels"),
     ],
@@ -283,7 +284,9 @@ def test_what_a_run_lacks_is_found_before_anything_is_loaded(root, tmp_path, cha
     places = {"OTHER": tmp_path / "score", "OTHER_VAE": tmp_path / "vae"}
     config = settings(root, "dmd", [f"{key}={places.get(value, value)}" for key, value in change.items()])
     with pytest.raises(ConfigError, match=message):
+        require_training_files(config)
         check_models(config)
+    require_training_files(settings(root, "dmd"))
     check_models(settings(root, "dmd"))
 
 

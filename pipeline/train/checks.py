@@ -12,7 +12,6 @@ from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.geometry import WAN_PATCH_SIZE
 from pipeline.bundle import read_json, transformer_settings, vae_shape_of
-from pipeline.sources import transformer_source
 from pipeline.train.parallel import shard_size
 from pipeline.train.stage_parts import need_folder
 from pipeline.train.stages import METHODS
@@ -100,14 +99,8 @@ def check_shapes(config: Config) -> None:
 
 
 def check_models(config: Config) -> None:
-    """That what a distillation stage loads is there, and that student, VAE and scores are of one world; reads nothing
-    but their config files."""
+    """That student, VAE and scores of a distillation stage are of one world; reads nothing but their config files."""
     model, student = config.model, transformer_settings(config)
-    if not model.random_init and not transformer_source(config).exists():
-        key = "model.bundle" if model.checkpoint is None else "model.checkpoint"
-        raise ConfigError(f"setting `{key}`: there is no transformer {transformer_source(config)}")
-    if config.data.kind == "prompts" and config.data.path is not None and not Path(config.data.path).is_file():
-        raise ConfigError(f"setting `data.path` is {config.data.path}: there is no such file of prompts")
     vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
     if vae.channels != student["in_channels"]:
         raise ConfigError(
