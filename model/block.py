@@ -34,10 +34,12 @@ class LayerKV(NamedTuple):
 
 @dataclass
 class ChunkKV:
-    """What `PackCache.commit` takes: one `LayerKV` a layer, and the chunk's clean latents [B, C, F, H, W]."""
+    """What `PackCache.commit` takes: one `LayerKV` a layer, the chunk's clean latents [B, C, F, H, W], and those of its
+    averaged pixels [B, C, f, h, w] where the compressor looks at them."""
 
     layers: list[LayerKV]
     latents: torch.Tensor
+    low_res: torch.Tensor | None = None
 
 
 class TextKV:

@@ -27,7 +27,7 @@ from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
-from model.compressor import COMPRESSORS
+from model.compressor import COMPRESSORS, low_res_tokens
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation, precise
 
@@ -51,7 +51,7 @@ class CausalWanModel(WanTransformer3DModel):
     Args:
         text_len: length that prompt embeddings are padded to with zeros, as Wan does.
         frames_per_chunk: latent frames generated together, B_f.
-        compressor: a name of `COMPRESSORS`; `identity` has no parameters.
+        compressor: a name of `COMPRESSORS`; `identity` and `lr` have no parameters.
         compressor_channels: widths of the compressor's strided stages in space.
     """
 
@@ -129,6 +129,7 @@ class CausalWanModel(WanTransformer3DModel):
         return_kv: bool = True,
         train_compressor: bool = False,
         text_kv: TextKV | None = None,
+        low_res: torch.Tensor | None = None,
     ) -> CausalWanOutput | tuple[torch.Tensor]:
         """Flow of noisy latents.
 
@@ -146,6 +147,8 @@ class CausalWanModel(WanTransformer3DModel):
                 None where a step cache of diffusers (FirstBlockCache, PAB, ...) left out a layer.
             train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
             text_kv: memo of the prompts' cross-attention K, V, filled where empty; not used while gradients are on.
+            low_res: latents [B, C, f, h, w] of the chunk's averaged pixels (`encode_small`), to return K, V for a cache
+                whose compressor looks at pixels.
 
         Raises:
             ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning, a context with
@@ -188,7 +191,7 @@ class CausalWanModel(WanTransformer3DModel):
             mask = make_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
             mid_tokens = new_mid = None
         else:
-            mask, compressed = None, clean if return_kv else None
+            mask, compressed = None, (clean, low_res) if return_kv else None
             rotation, mid_tokens, new_mid = self._read_context(context, x, geometry, compressed, train_compressor)
 
         layers = []
@@ -210,14 +213,14 @@ class CausalWanModel(WanTransformer3DModel):
         if not return_dict:
             return (sample,)
         complete = context is not None and return_kv and all(layer is not None for layer in layers)
-        return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean) if complete else None)
+        return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean, low_res) if complete else None)
 
     @torch.compiler.disable  # a context is plain Python
     def _read_context(
-        self, context, x: torch.Tensor, geometry: ChunkGeometry, clean: torch.Tensor | None, train_compressor: bool
+        self, context, x: torch.Tensor, geometry: ChunkGeometry, clean: tuple | None, train_compressor: bool
     ) -> tuple[Rotation, MidTokens | None, torch.Tensor | None]:
         """Rotation of the chunk x [B, L, dim], the archived chunks to compress with gradient, and, where `clean`
-        [B, C, F, H, W] is given and will need it, the chunk's own compressed tokens [B, N_c, dim]."""
+        (latents, low_res) is given and will need it, the chunk's own compressed tokens [B, N_c, dim]."""
         context.check_fits(x.shape[0], geometry)
         for block in self.blocks:
             processor = block.attn1.processor
@@ -225,10 +228,10 @@ class CausalWanModel(WanTransformer3DModel):
                 raise ValueError(f"attention processor {type(processor).__name__} cannot read a chunk's history: "
                                  "set CausalWanAttnProcessor or a subclass of it")  # fmt: skip
         mid_tokens = new_mid = None
-        if train_compressor and context.uses_compressor:
+        if train_compressor and context.trains_compressor:
             mid_tokens = self._compress_archived(context)
         if clean is not None and context.will_be_compressed and context.uses_compressor:
-            new_mid = self.pack_compressor(clean)
+            new_mid = self._compress(context, *clean)
         return context.query_rotation(x.device), mid_tokens, new_mid
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,11 +256,22 @@ class CausalWanModel(WanTransformer3DModel):
 
     def _compress_archived(self, context) -> MidTokens | None:
         """Hidden tokens, with gradient, of the archived chunks that this forward may attend."""
-        chunk_ids, latents = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W]
+        chunk_ids, seen = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W] and perhaps low_res
         if not chunk_ids:
             return None
-        hidden = self.pack_compressor(latents.flatten(0, 1))  # [B * M, N_c, dim]
-        return MidTokens(hidden.unflatten(0, latents.shape[:2]), chunk_ids)
+        hidden = self._compress(context, *(x.flatten(0, 1) for x in seen))  # [B * M, N_c, dim]
+        return MidTokens(hidden.unflatten(0, seen[0].shape[:2]), chunk_ids)
+
+    def _compress(self, context, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden tokens [B, N_c, dim] of chunks [B, C, F, H, W] and, for the LR branch, [B, C, f, h, w]."""
+        kind, branches = context.cache.compressor, []
+        if kind.trainable:
+            branches.append(self.pack_compressor(latents))
+        if kind.needs_pixels:
+            if low_res is None:
+                raise ValueError("the compressor looks at pixels: give low_res")
+            branches.append(low_res_tokens(self.patch_embedding, low_res, context.cache.mid_grid))
+        return sum(branches)
 
     def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:
         times = torch.arange(frames, dtype=precise(device), device=device)

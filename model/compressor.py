@@ -1,4 +1,8 @@
-"""Compressors of aged chunks: clean latents -> hidden tokens on a small grid (PackForcing, section 3.3)."""
+"""Compressors of aged chunks: clean latents -> hidden tokens on a small grid (PackForcing, section 3.3).
+
+Two branches: HR, trained convolutions on the latents; LR, training-free: decoded pixels, averaged and encoded by the
+frozen VAE, through the DiT's own patch embedding. A kind has one of them, or both, added.
+"""
 
 from collections.abc import Sequence
 
@@ -14,16 +18,25 @@ class Compressor(nn.Module):
     """A way to compress a chunk.
 
     Attributes:
-        trainable: has weights, the model's `pack_compressor`.
+        trainable: has the HR branch, whose weights are the model's `pack_compressor`.
+        needs_pixels: has the LR branch.
         halves_time: two latent frames become one compressed frame.
     """
 
-    trainable = halves_time = False
+    trainable = needs_pixels = halves_time = False
 
     @classmethod
     def grid(cls, geometry: ChunkGeometry, channels: Sequence[int]) -> tuple[int, int, int]:
         """(frames, h', w') of a compressed chunk: every entry of `channels` halves the latents in space."""
         return geometry.pooled_grid(len(channels), cls.halves_time)
+
+    @classmethod
+    def pool(cls, geometry: ChunkGeometry, channels: Sequence[int]) -> tuple[int, int, int]:
+        """Pixels (time, height, width) that the LR branch averages, so that its patches are the grid's; never so many
+        that a frame would have none."""
+        halved = 2 ** len(channels)
+        sizes = zip(geometry.patch_size[1:], geometry.grid, strict=True)
+        return 2 if cls.halves_time else 1, *(min(max(1, halved // patch), size) for patch, size in sizes)
 
 
 COMPRESSORS: Registry[type[Compressor]] = Registry("cache.compressor.kind")
@@ -81,6 +94,40 @@ class HRSpatiotemporal(HRSpatial):
 
     halves_time = True
     kernel, padding = (3, 3, 3), (1, 1, 1)
+
+
+@COMPRESSORS.register("lr")
+class LR(Compressor):
+    """The LR branch alone: runs on any generator. At 480x832 pixels are averaged 2x4x4, as in the paper."""
+
+    needs_pixels = halves_time = True
+
+
+@COMPRESSORS.register("lr_spatial")
+class LRSpatial(LR):
+    """`lr` with every frame kept."""
+
+    halves_time = False
+
+
+@COMPRESSORS.register("dual")
+class Dual(HRSpatiotemporal):
+    """The paper's two branches: `hr_spatiotemporal` + `lr`."""
+
+    needs_pixels = True
+
+
+@COMPRESSORS.register("dual_spatial")
+class DualSpatial(HRSpatial):
+    """`hr_spatial` + `lr_spatial`."""
+
+    needs_pixels = True
+
+
+def low_res_tokens(patch_embedding: nn.Module, low_res: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The LR branch: latents [B, C, f, h, w] of averaged pixels -> hidden tokens of the grid [B, f*h'*w', dim], without
+    gradient."""
+    return _tokens(patch_embedding(low_res.to(patch_embedding.weight.dtype)), grid).detach()
 
 
 def _tokens(hidden: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from model.attention import attend
@@ -32,6 +33,7 @@ from model.causal_wan import CausalWanModel
 from pipeline.bundle import vae_shape
 from pipeline.generate.inference import load_model, resolve_runtime
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.vae_stream import StreamingDecoder
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
@@ -79,17 +81,18 @@ def fill(rollout: Rollout) -> None:
         rollout.commit(latents.to(rollout.device))
 
 
-def vae_seconds(config: Config, device: torch.device, dtype: torch.dtype, latents: torch.Tensor, chunks: int) -> float:
-    """Median seconds to decode one chunk, the first (which yields fewer frames) left out."""
-    from diffusers import AutoencoderKLWan
-
-    from pipeline.generate.vae_stream import StreamingDecoder
-
+def new_decoder(config: Config, device: torch.device, dtype: torch.dtype) -> StreamingDecoder:
+    """Of the bundle's VAE, or of Wan's with random weights."""
     if config.model.bundle is None:
         vae = AutoencoderKLWan()
     else:
         vae = AutoencoderKLWan.from_pretrained(config.model.bundle, subfolder="vae")
-    decoder, times = StreamingDecoder(vae.to(device, dtype).eval()), []
+    return StreamingDecoder(vae.to(device, dtype).eval())
+
+
+def vae_seconds(decoder: StreamingDecoder, device: torch.device, latents: torch.Tensor, chunks: int) -> float:
+    """Median seconds to decode one chunk, the first (which yields fewer frames) left out."""
+    times = []
     for _ in tqdm(range(chunks + 1), desc="vae", leave=False):
         synchronise(device)
         start = time.perf_counter()
@@ -128,7 +131,9 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     words = min(8, model.config.text_len)
     embeds = torch.randn(1, words, model.config.text_dim, device=device, dtype=dtype)
     prompts = Prompts(embeds, torch.zeros_like(embeds))
-    rollout = Rollout(model, cache, config.sampler, prompts, prompt_noise(config.seed, ["bench"], [0]))
+    decoder = new_decoder(config, device, dtype) if cache.needs_pixels else None
+    noise = prompt_noise(config.seed, ["bench"], [0])
+    rollout = Rollout(model, cache, config.sampler, prompts, noise, decoder=decoder)
     fill(rollout)
     chunk_times, ratios, parts = [], [], defaultdict(list)
     generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
@@ -150,7 +155,9 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
             bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
 
     seconds = {name: statistics.median(values) for name, values in parts.items()}
-    seconds["vae"] = vae_seconds(config, device, dtype, latents.to(device), vae_chunks) if vae_chunks else None
+    seconds["vae"] = None
+    if vae_chunks:
+        seconds["vae"] = vae_seconds(new_decoder(config, device, dtype), device, latents.to(device), vae_chunks)
     seconds["encode"] = text_seconds(config, device)
     frames = config.video.frames_per_chunk * 4
     chunk_seconds = statistics.median(chunk_times)

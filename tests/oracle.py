@@ -71,7 +71,7 @@ class OracleWan:
 
     def compress(self, latents):
         """Clean latents [C, F, H, W] -> hidden tokens [N_c, dim] by the strided convolutions."""
-        in_time = "spatiotemporal" in self.config.compressor
+        in_time = self.config.compressor in ("hr_spatiotemporal", "dual")
         strides = [(2, 1, 1)] * in_time + [(1, 2, 2) for _ in self.config.compressor_channels]
         x = latents.double()[None]
         for stage, stride in enumerate(strides):

@@ -101,6 +101,18 @@ def test_inference_of_a_config_makes_a_chunk(world, tmp_path, path):
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
 
 
+def test_lr_runs_on_an_untouched_generator(world, tmp_path, caplog):
+    """The compressed middle without a weight of its own: nothing is initialised at random."""
+    path = ROOT / "configs" / "wan_causal_forcing.yaml"
+    arguments = ["--config_path", str(path), "--data_path", str(world / "prompts.txt"),
+                 "--output_folder", str(tmp_path / "videos"), *micro(world, path, tmp_path / "run"), "cache.kind=pack",
+                 "cache.compressor.kind=lr", "cache.recent=1", "inference.num_output_frames=12"]  # fmt: skip
+    assert inference_packforcing.main(arguments) == 0
+    assert "random" not in caplog.text
+    sidecar = json.loads(next((tmp_path / "videos").glob("*.json")).read_text())
+    assert sidecar["cache"]["mid"]["tokens"] == 2
+
+
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "gpu" in p.stem], ids=lambda path: path.stem)
 def test_sizes_go_together_on_the_gpus_a_config_is_for(path):
     gpus = int(path.stem.split("gpu")[0].split("_")[-1])

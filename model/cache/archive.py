@@ -40,12 +40,12 @@ class Archive:
         self._like, self._precision = like, precision
         self._kv: list[tuple[Kept, Kept]] = []  # per layer [B, rows, N_c, heads, D]
         self._means: torch.Tensor | None = None  # [layers, B, rows, h, D], float32, on the model's device
-        self._latents: torch.Tensor | None = None  # [B, rows, C, F, H, W]
+        self._seen: list[torch.Tensor] = []  # by the compressor: latents [B, rows, C, F, H, W], low_res likewise
         self._copied: torch.cuda.Event | None = None
 
     @property
     def rows(self) -> int:
-        return 0 if self._latents is None else self._latents.shape[1]
+        return self._seen[0].shape[1] if self._seen else 0
 
     def row(self, number):
         """Row of the `number`-th chunk that was ever archived (an int, or a tensor of them)."""
@@ -53,24 +53,25 @@ class Archive:
 
     def write(self, number: int, kv: ChunkKV, mid: list[tuple[torch.Tensor, torch.Tensor]], means) -> None:
         """Take a chunk's compressed K (un-rotated) and V of every layer, and its `means` [layers, B, h, D] or None."""
-        row = self.row(number)
+        row, seen = self.row(number), [x for x in (kv.latents, kv.low_res) if x is not None]
         if row >= self.rows:
-            self._grow(row, kv.latents, means)
+            self._grow(row, seen, means)
         for kept, pair in zip(self._kv, mid, strict=True):
             for part, new in zip(kept, pair, strict=True):
                 part[:, row].copy_(keep(new, self._precision))
-        self._latents[:, row].copy_(kv.latents, non_blocking=True)
+        for stored, new in zip(self._seen, seen, strict=True):
+            stored[:, row].copy_(new, non_blocking=True)
         if means is not None:
             self._means[:, :, row] = means
         if kv.latents.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def _grow(self, row: int, latents: torch.Tensor, means: torch.Tensor | None) -> None:
+    def _grow(self, row: int, seen: list[torch.Tensor], means: torch.Tensor | None) -> None:
         rows = max(16, 1 << row.bit_length())
         rows = rows if self.size is None else min(rows, self.size)
-        batch, old, like = latents.shape[0], self._kv, self._like
-        pin = latents.is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
+        batch, old, like = seen[0].shape[0], self._kv, self._like
+        pin = seen[0].is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
 
         def enlarged(tensor, shape, dim, **options):
             new = torch.zeros(*shape[:dim], rows, *shape[dim:], **options)
@@ -88,9 +89,10 @@ class Archive:
         for new_pair, old_pair in zip(self._kv, old, strict=False):
             for new_part, old_part in zip(new_pair, old_pair, strict=True):
                 new_part[:, : self.rows].copy_(old_part)
-        self._latents = enlarged(
-            self._latents, latents.shape, 1, dtype=latents.dtype, device=self.device, pin_memory=pin
-        )
+        self._seen = [
+            enlarged(stored, new.shape, 1, dtype=new.dtype, device=self.device, pin_memory=pin)
+            for stored, new in zip(self._seen or [None] * len(seen), seen, strict=True)
+        ]
         if means is not None:
             self._means = enlarged(self._means, means.shape, 2, dtype=means.dtype, device=means.device)
 
@@ -103,9 +105,10 @@ class Archive:
         rows, samples = self._rows(numbers), torch.arange(len(numbers), device=self.device)[:, None]
         return tuple(part[samples, rows].flatten_tokens().to(device) for part in self._kv[layer])
 
-    def latents(self, numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Clean latents [B, M, C, F, H, W] of the chunks `numbers` [M]."""
-        return self._latents[:, self._rows(numbers)].to(device)
+    def seen(self, numbers: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+        """Clean latents [B, M, C, F, H, W] of the chunks `numbers` [M] and, where there are any, those of averaged
+        pixels [B, M, C, f, h, w]."""
+        return [stored[:, self._rows(numbers)].to(device) for stored in self._seen]
 
     def _rows(self, numbers: torch.Tensor) -> torch.Tensor:
         if self._copied is not None:

@@ -91,7 +91,8 @@ class PackCache:
             if precision is not None:
                 PRECISIONS[precision]
         self.compressor = COMPRESSORS[config.compressor.kind]
-        self.mid_grid = self.compressor.grid(geometry, config.compressor.channels)
+        channels = config.compressor.channels
+        self.mid_grid, self.pool = (find(geometry, channels) for find in (self.compressor.grid, self.compressor.pool))
         bounded = self.layout.sink != UNBOUNDED
         if config.temporal == "fit" and bounded and self.fit_room < (1 if self.layout.top_k else 0):
             raise ValueError(
@@ -132,6 +133,11 @@ class PackCache:
     def fit_room(self) -> int:
         """Latent frames that `fit` leaves to the mid chunks."""
         return self.trained_frames - self.geometry.frames * (self.layout.sink + self.layout.recent + 1)
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether chunks are compressed with a look at their decoded pixels."""
+        return self.layout.top_k > 0 and self.compressor.needs_pixels
 
     @property
     def mid_tokens(self) -> int:

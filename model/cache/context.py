@@ -50,7 +50,8 @@ class ChunkContext:
         self.archived = cache.archived
         self.num_selected = min(len(self.archived), layout.top_k)
         self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
-        self.uses_compressor = layout.top_k > 0 and cache.compressor.trainable
+        self.uses_compressor = layout.top_k > 0 and (cache.compressor.trainable or cache.compressor.needs_pixels)
+        self.trains_compressor = layout.top_k > 0 and cache.compressor.trainable
         self.keeps_query = cache.scores_recent
         frames = cache.geometry.frames
         compressed = config.temporal == "packed" and config.mid_span == MidSpan.compressed
@@ -231,16 +232,17 @@ class ChunkContext:
             self._packed_rotation = rotation
         return rotation
 
-    def archived_latents(self) -> tuple[list[int], torch.Tensor]:
-        """Ids [M] and clean latents [B, M, C, F, H, W] of the archived chunks that some layer may select."""
+    def archived_latents(self) -> tuple[list[int], list[torch.Tensor]]:
+        """Ids [M] of the archived chunks that some layer may select, and what the compressor saw of them: clean latents
+        [B, M, C, F, H, W] and, for its LR branch, those of averaged pixels [B, M, C, f, h, w]."""
         cache, ids = self.cache, list(self.archived)
         if cache.config.selection == "recency":
             ids = ids[len(ids) - self.num_selected :]
         elif len(self._selection) == len(cache.layers):
             ids = sorted({i for chosen in self._selection.values() for i in chosen.flatten().tolist()})
         if not ids:
-            return [], torch.empty(0)
-        return ids, cache.archive.latents(torch.tensor(ids) - cache.layout.sink, cache.layers[0].keys.device)
+            return [], []
+        return ids, cache.archive.seen(torch.tensor(ids) - cache.layout.sink, cache.layers[0].keys.device)
 
     def attended_mid_tokens(self) -> int:
         """Mid tokens per layer and sample that this chunk attends."""

@@ -244,9 +244,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         cache = self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache)
         size = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
         noise = conditioning.noise(asked, (self.transformer.config.in_channels, *size))
-        self._rollout = rollout = Rollout(
-            self.transformer, cache, sampler, conditioning.parts[0], noise, device=self._execution_device
-        )
+        decoded = asked.output_type != "latent" or cache.needs_pixels
+        place = {"device": self._execution_device, "decoder": StreamingDecoder(self.vae) if decoded else None}
+        self._rollout = rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
         if asked.callback_on_step_end is not None:
             rollout.on_step_end = self._step_callback(rollout, asked)
         try:
@@ -263,13 +263,13 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self.vae_shape.frames(self.video_config.trained_frames)
 
     def _decoded(self, rollout: Rollout, total: int, wanted: int | None, output_type: str) -> Iterator[Chunk]:
-        """Run the rollout, decode what it makes; `wanted`: pixel frames after which the last chunk is cut."""
-        decoder, made = StreamingDecoder(self.vae), 0
+        """Run the rollout; `wanted`: pixel frames after which the last chunk is cut."""
+        made = 0
         for index, latents in rollout.run(total):
             self._require_finite(index, latents, "latents", rollout)
             frames = latents
             if output_type != "latent":
-                pixels = decoder.decode(latents.to(self._execution_device))  # [B, 3, F, H, W]
+                pixels = rollout.pixels  # [B, 3, F, H, W]
                 self._require_finite(index, pixels, "pixels", rollout)
                 pixels = pixels if wanted is None else pixels[:, :, : wanted - made]
                 made += pixels.shape[2]

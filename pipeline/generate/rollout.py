@@ -18,7 +18,8 @@ from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
-from utils.config import SamplerConfig
+from pipeline.generate.vae_stream import StreamingDecoder, encode_small
+from utils.config import ConfigError, SamplerConfig
 from utils.rng import keyed_randn
 from utils.timing import part
 
@@ -78,8 +79,10 @@ class Rollout:
         observe: called before every denoising step.
         on_step_end: called after every denoising step; what it returns takes the place of the latents.
         device: where the model runs; None: where its weights are.
+        decoder: of a video that starts where the cache does; needed where the compressor looks at pixels.
 
     Attributes:
+        pixels: of the last chunk that was committed [B, 3, 4F, 8H, 8W], in -1..1, where there is a decoder.
         mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
         timestep: of the last forward.
     """
@@ -96,12 +99,17 @@ class Rollout:
         observe: StepObserver | None = None,
         on_step_end: StepCallback | None = None,
         device: torch.device | None = None,
+        decoder: StreamingDecoder | None = None,
     ):
         self.model, self.cache, self.sampler, self.noise = model, cache, sampler, noise
         self.grad_step, self.grad_from = grad_step, grad_from
         self.observe, self.on_step_end = observe, on_step_end
         if grad_step is not None and (sampler.kind != "few_step" or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
+        if cache.needs_pixels and decoder is None:
+            kind = cache.config.compressor.kind
+            raise ConfigError(f"setting `cache.compressor.kind` is {kind}: it looks at pixels; give the VAE's decoder")
+        self.decoder, self.pixels = decoder, None
         self.schedule = FlowMatchSchedule(sampler.shift)
         self.device = device or model.device
         self.prompts = prompts
@@ -168,12 +176,25 @@ class Rollout:
         step_cache = self.model._cache_config
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
-        out = self._forward(noisy, 0.0 if timestep is None else timestep, context, clean_hidden_states=clean)
+        seen = {"clean_hidden_states": clean, "low_res": self._decode(latents, context)}
+        out = self._forward(noisy, 0.0 if timestep is None else timestep, context, **seen)
         if step_cache is not None:
             self.model.enable_cache(step_cache)
         if out.kv is None:
             raise RuntimeError("a hook left out a layer while a chunk was committed: the cache needs them all")
         self.cache.commit(out.kv, context)
+
+    def _decode(self, latents: torch.Tensor, context: ChunkContext) -> torch.Tensor | None:
+        """Set `pixels` of a chunk that is next to be committed, and return what the compressor needs of them."""
+        if self.decoder is None:
+            return None
+        with part("decode"):
+            self.pixels = self.decoder.decode(latents.to(self.device))
+        if not (self.cache.needs_pixels and context.will_be_compressed):
+            return None
+        with part("encode_small"):
+            low_res = encode_small(self.decoder.vae, self.pixels, self.cache.pool)  # [B, C, f, h, w]
+        return torch.cat([low_res] * self.branches)
 
     def _per_video(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """[B], float32."""

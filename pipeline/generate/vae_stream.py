@@ -8,8 +8,11 @@ with one VAE, and what comes out does not depend on where the latents were cut.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+
+from pipeline.data.vae_clip import normalise
 
 
 def denormalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -29,7 +32,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, vae: AutoencoderKLWan):
-        self._vae = vae
+        self.vae = vae
         self._tiles: dict[tuple[int, int], _Features] = {}
 
     @torch.no_grad()
@@ -45,7 +48,7 @@ class StreamingDecoder:
         Raises:
             ValueError: where the latents do not have the VAE's channels.
         """
-        vae = self._vae
+        vae = self.vae
         if latents.shape[1] != vae.config.z_dim:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE has {vae.config.z_dim}")
         if hasattr(vae, "_hf_hook"):  # offloaded as a whole: the hook waits for a `forward` that is not called here
@@ -58,7 +61,7 @@ class StreamingDecoder:
 
     def _decode(self, place: tuple[int, int], latents: torch.Tensor) -> torch.Tensor:
         """One tile's next latents [B, C, F, h, w] -> [B, 3 * p * p, 4F, 8h / p, 8w / p]."""
-        vae, state = self._vae, self._tiles.setdefault(place, _Features.of(self._vae))
+        vae, state = self.vae, self._tiles.setdefault(place, _Features.of(self.vae))
         hidden, pieces = vae.post_quant_conv(latents), []
         for frame in hidden.split(1, dim=2):  # as the library does, for its memory
             pieces.append(vae.decoder(frame, feat_cache=state.last, feat_idx=[0], first_chunk=not state.started))
@@ -67,7 +70,7 @@ class StreamingDecoder:
 
     def _tiled(self, latents: torch.Tensor) -> torch.Tensor:
         """`AutoencoderKLWan.tiled_decode` of the next latents, every tile with features of its own."""
-        vae, height, width = self._vae, *latents.shape[-2:]
+        vae, height, width = self.vae, *latents.shape[-2:]
         stride, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
         sizes = [vae.tile_sample_min_height // stride, vae.tile_sample_min_width // stride]
         steps = [vae.tile_sample_stride_height // stride, vae.tile_sample_stride_width // stride]
@@ -89,6 +92,31 @@ class StreamingDecoder:
             rows.append(torch.cat(row, dim=-1))
             above = tiles
         return torch.cat(rows, dim=-2)[..., : height * stride // patch, : width * stride // patch]
+
+
+@torch.no_grad()
+def encode_small(vae: AutoencoderKLWan, pixels: torch.Tensor, pool: tuple[int, int, int]) -> torch.Tensor:
+    """What the compressor's LR branch sees of a chunk: its pixels, averaged and encoded.
+
+    Args:
+        pixels: [B, 3, 4F, H, W] in -1..1 (4F - 3 frames at the start of a video).
+        pool: pixels averaged in (time, height, width).
+
+    Returns:
+        [B, C, ceil(F / time), H / (8 height), W / (8 width)], normalised.
+    """
+    # A chunk is encoded alone, but the VAE makes 1 + n latents of 1 + 4n frames, the first of a single frame. So copies
+    # of the first frame fill the chunk up in front, and the first latent is dropped: those kept are of four frames
+    # each, as in the middle of a video, and do not depend on where the chunk stands in it.
+    stride = vae.config.scale_factor_temporal
+    small = F.avg_pool3d(_filled(pixels.float(), -pixels.shape[2] % stride), pool)
+    small = _filled(small, 1 + -small.shape[2] % stride)
+    return normalise(vae, vae.encode(small.to(vae.dtype)).latent_dist.mode())[:, :, 1:]
+
+
+def _filled(video: torch.Tensor, missing: int) -> torch.Tensor:
+    """`missing` copies of the first frame in front of video [B, C, F, H, W]."""
+    return torch.cat([video[:, :, :1].expand(-1, -1, missing, -1, -1), video], dim=2)
 
 
 @dataclass

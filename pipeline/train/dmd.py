@@ -83,7 +83,6 @@ class DMDStage(GeneratorStage):
         self.modules = {"critic": self.critic.train(), **self.modules}
         self.frozen = {"teacher": self.teacher}
         self.schedule = FlowMatchSchedule(config.train.shift)
-        self.decoder_vae = self.vae() if self.max_chunks > self.window else None
 
     @property
     def _has_mid(self) -> bool:
@@ -166,9 +165,7 @@ class DMDStage(GeneratorStage):
             return torch.stack([keyed_randn(shape, *key) for key in keys])  # [B, C, F, H, W]
 
         with torch.set_grad_enabled(role == "generator"):
-            rollout = Rollout(
-                self.transformer,
-                self.new_cache(),
+            rollout = self.new_rollout(
                 self.config.sampler,
                 Prompts(embeds),
                 noise,

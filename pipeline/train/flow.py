@@ -19,7 +19,7 @@ from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import random_model, transformer_settings
 from pipeline.generate.bidirectional import sample_clip
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.rollout import Prompts
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
 from pipeline.train.method import method
@@ -223,7 +223,7 @@ class ARDiffusionStage(GeneratorStage):
         if train.sharding != Sharding.none:  # forwards are collective
             wanted = list(range(shares.shape[1]))
         sampler = replace(self.config.sampler, guidance=1.0)
-        rollout = Rollout(self.transformer, self.new_cache(), sampler, prompts(0), context_noise)
+        rollout = self.new_rollout(sampler, prompts(0), context_noise)
         noisy, _ = self.clips.noisy(batch)
         flows = flows_through_cache(
             rollout, batch["latents"], noisy, batch["noise"], batch["timestep"], prompts,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -13,11 +15,12 @@ from model.cache.cache import PackCache
 from pipeline.bundle import write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
+from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
 from pipeline.train.stage_parts import TextConditioning, save_exported, swapped_in
-from utils.config import Config, TextPlacement
+from utils.config import Config, SamplerConfig, TextPlacement
 
 
 class Generator(nn.Module):
@@ -69,10 +72,21 @@ class GeneratorStage(Stage):
         video = self.config.video
         return PackCache.for_model(self.transformer, self.config.cache, *self.latent_shape[1:], video.trained_frames)
 
+    @cached_property
+    def decoder_vae(self) -> AutoencoderKLWan:
+        """The frozen VAE, kept for rollouts that look at pixels."""
+        return self.vae()
+
+    def new_rollout(self, sampler: SamplerConfig, prompts: Prompts, noise: NoiseSource, **options: Any) -> Rollout:
+        """A rollout of the generator with an empty cache; `options` as `Rollout` has them."""
+        cache = self.new_cache()
+        decoder = StreamingDecoder(self.decoder_vae) if cache.needs_pixels else None
+        return Rollout(self.transformer, cache, sampler, prompts, noise, decoder=decoder, **options)
+
     def generate(self, noise: NoiseSource, prompts: Prompts, step: int) -> torch.Tensor:
         """`noise` as a rollout takes it and P prompts -> latents [P, C, F, H, W]."""
         train, chunk = self.config.train, self.config.video.frames_per_chunk
-        rollout = Rollout(self.transformer, self.new_cache(), self.config.sampler, prompts, noise)
+        rollout = self.new_rollout(self.config.sampler, prompts, noise)
         chunks = max(train.sample_frames, train.sample_long_frames) // chunk
         return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from model.causal_wan import CausalWanModel
+from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.weights import CheckpointError, cast_weights, content_hash
 from pipeline.bundle import load_library_model, read_json, vae_shape_of
 from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, StoryClips, write_clips
@@ -328,7 +328,7 @@ def load_wan(path: str | None, key: str, dtype: torch.dtype = torch.float32) -> 
 
 def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
     """A causal DiT, float32, with the weights of the model in the folder that setting `key` names, bidirectional or
-    causal, and `settings` of its own; a compressor of another shape starts fresh. Raises `ConfigError` as `load_wan`.
+    causal, and `settings` of its own; a compressor of other kind or shape starts fresh. Raises `ConfigError` likewise.
     """
     folder = need_folder(path, key, "a transformer")
     if read_json(folder / "config.json").get("_class_name") != CausalWanModel.__name__:
@@ -339,5 +339,6 @@ def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
         raise ConfigError(f"setting `{key}`: {error}") from error
     model = CausalWanModel(**{**{k: v for k, v in source.config.items() if not k.startswith("_")}, **settings})
     own, state = model.state_dict(), source.state_dict()
-    model.load_state_dict({k: state[k] if k in state and state[k].shape == v.shape else v for k, v in own.items()})
+    shapes, stored = ({k: v.shape for k, v in x.items() if k.startswith(COMPRESSOR_PREFIX)} for x in (own, state))
+    model.load_state_dict(own | {k: v for k, v in state.items() if k not in stored or shapes == stored})
     return model
