@@ -35,11 +35,12 @@ class LayerKV(NamedTuple):
 @dataclass
 class ChunkKV:
     """What `PackCache.commit` takes: one `LayerKV` a layer, the chunk's clean latents [B, C, F, H, W], and those of its
-    averaged pixels [B, C, f, h, w] where the compressor looks at them."""
+    averaged pixels [B, C, f, h, w] where the compressor looks at them. `frame`: to compress it again, with gradient."""
 
     layers: list[LayerKV]
     latents: torch.Tensor
     low_res: torch.Tensor | None = None
+    frame: "SmallFrame | None" = None
 
 
 class TextKV:
@@ -58,11 +59,34 @@ class TextKV:
         self._layers[layer] = (kv[0].detach(), kv[1].detach())
 
 
+class SmallFrame(NamedTuple):
+    """What the tokens of a compressed chunk need to pass through the blocks (`cache.compressor.kv=forward`).
+
+    Attributes:
+        context: of the chunk they stand for; they attend its history and themselves.
+        rotation: of the tokens.
+        modulation: [B, 1, 6, dim] of the timestep that the chunk was committed at.
+        text_kv: the prompts' K, V of that commit.
+    """
+
+    context: "ChunkContext"
+    rotation: Rotation
+    modulation: torch.Tensor
+    text_kv: TextKV
+
+
 class MidTokens(NamedTuple):
-    """Hidden tokens [B, M, N_c, dim] of archived chunks, with gradient to the compressor, and the chunks' ids [M]."""
+    """Compressed chunks on their way to a layer's K, V.
+
+    Attributes:
+        hidden: [B, M, N_c, dim].
+        chunk_ids: [M].
+        frames: [M], where `hidden` passes through the blocks; None: every layer projects it as it is.
+    """
 
     hidden: torch.Tensor
     chunk_ids: list[int]
+    frames: list[SmallFrame] | None = None
 
 
 @dataclass(eq=False)
@@ -72,32 +96,50 @@ class LayerMemory:
     Args:
         layer: index of the block.
         context: `ChunkContext` of the chunk; None for a whole clip.
-        mid_tokens: archived chunks whose K, V are projected anew, with gradient; None: the archived K, V are taken.
-        new_mid: the chunk's own compressed tokens [B, N_c, dim].
+        mid_tokens: archived chunks whose K, V are made anew, with gradient; None: the archived K, V are taken.
+        new_mid: the chunk's own compressed tokens, M = 1.
         text_kv: memo of the prompts' K, V.
+        is_small: the tokens are those of a compressed chunk, in place of the chunk.
+        selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
+        mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
         left: filled by the forward; stays None where a hook skips the layer's attention.
+        mid_tokens_out, new_mid_out: for the next layer, where they pass through the blocks.
     """
 
     layer: int
     context: "ChunkContext | None" = None
     mid_tokens: MidTokens | None = None
-    new_mid: torch.Tensor | None = None
+    new_mid: MidTokens | None = None
     text_kv: TextKV | None = None
+    is_small: bool = False
+    selected: torch.Tensor | None = None
+    mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
     left: LayerKV | None = None
+    mid_tokens_out: MidTokens | None = None
+    new_mid_out: MidTokens | None = None
 
     @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
     def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""
-        selected = self.context.select(self.layer, query)  # [B, k] chunk ids
+        if self.selected is None:
+            self.selected = self.context.select(self.layer, query)
+        if self.is_small:
+            return self.context.extend_small(self.layer, self.selected, rotated_key, value)
         mid = None
-        if self.mid_tokens is not None and selected.shape[1]:
-            mid = project(attn, _gather_chunks(self.mid_tokens, selected), "kv")
-        keys, values = self.context.extend(self.layer, selected, rotated_key, value, mid)
+        if self.mid_tokens is not None and self.selected.shape[1]:
+            chunk_ids = self.mid_tokens.chunk_ids
+            if self.mid_kv is None:
+                mid = project(attn, _gather_chunks(self.mid_tokens.hidden, chunk_ids, self.selected), "kv")
+            else:
+                mid = tuple(_gather_chunks(x, chunk_ids, self.selected) for x in self.mid_kv)
+        keys, values = self.context.extend(self.layer, self.selected, rotated_key, value, mid)
         return keys.type_as(query), values.type_as(query)  # a cache may be of another dtype than the computation
 
     def leave(self, attn, query, key, value) -> None:
-        """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens."""
-        mid_key, mid_value = (None, None) if self.new_mid is None else project(attn, self.new_mid, "kv")
+        """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens where
+        the layer projects them."""
+        projected = self.new_mid is not None and self.new_mid.frames is None
+        mid_key, mid_value = project(attn, self.new_mid.hidden[:, 0], "kv") if projected else (None, None)
         self.left = LayerKV(query if self.context.keeps_query else None, key, value, mid_key, mid_value)
 
     @torch.compiler.disable
@@ -129,8 +171,35 @@ class CausalWanBlock(WanTransformerBlock):
         """hidden_states [B, L, dim], temb [B, G, 6, dim] -> [B, L, dim]; G timestep groups share the L tokens evenly.
 
         `encoder_hidden_states` [B, text_len, dim], or of G equal parts of L [B, G, text_len, dim], may be None where
-        `memory` holds the prompts' K, V.
+        `memory` holds the prompts' K, V. Compressed chunks of `memory` that pass through the blocks are run too, and
+        left in it for the next block.
         """
+        arguments = encoder_hidden_states, temb, rotary_emb, mask, memory
+        if memory is None:
+            return self._run(hidden_states, *arguments)
+        if memory.mid_tokens is not None and memory.mid_tokens.frames is not None:
+            histories = [frame.context.small_selection(memory.layer) for frame in memory.mid_tokens.frames]
+            memory.mid_tokens_out, memory.mid_kv = self._run_small(memory, memory.mid_tokens, histories, None)
+        hidden_states = self._run(hidden_states, *arguments)
+        if memory.new_mid is not None and memory.new_mid.frames is not None and memory.left is not None:
+            text, histories = encoder_hidden_states, [memory.selected]
+            memory.new_mid_out, kv = self._run_small(memory, memory.new_mid, histories, text)
+            memory.left = memory.left._replace(mid_key=kv[0][:, 0], mid_value=kv[1][:, 0])
+        return hidden_states
+
+    def _run_small(self, memory: LayerMemory, tokens: MidTokens, histories: list[torch.Tensor], text):
+        """Compressed chunks through the block -> them, and their K, V [B, M, N_c, heads, D]. `histories`: the mid
+        chunks [B, k] that each attends."""
+        hidden, kv = [], []
+        for place, (frame, selected) in enumerate(zip(tokens.frames, histories, strict=True)):
+            own = LayerMemory(memory.layer, frame.context, text_kv=frame.text_kv, is_small=True, selected=selected)
+            run = self._run(tokens.hidden[:, place], text, frame.modulation, frame.rotation, None, own)
+            hidden.append(run)
+            kv.append((own.left.key, own.left.value))
+        key, value = (torch.stack(part, dim=1) for part in zip(*kv, strict=True))
+        return tokens._replace(hidden=torch.stack(hidden, dim=1)), (key, value)
+
+    def _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb, mask, memory) -> torch.Tensor:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
         groups = temb.shape[1]
         memory = {} if memory is None else {"memory": memory}  # unknown to processors of other models
@@ -156,12 +225,12 @@ class CausalWanBlock(WanTransformerBlock):
         return residual(hidden_states, self.ffn(x), ffn_gate)
 
 
-def _gather_chunks(tokens: MidTokens, selected: torch.Tensor) -> torch.Tensor:
-    """Hidden tokens of the selected chunks: [B, k] ids -> [B, k * N_c, dim]."""
-    place = {chunk: i for i, chunk in enumerate(tokens.chunk_ids)}
+def _gather_chunks(tokens: torch.Tensor, chunk_ids: list[int], selected: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, M, N_c, ...] of the chunks `chunk_ids` [M] -> those of the selected ones [B, k]: [B, k * N_c, ...]."""
+    place = {chunk: i for i, chunk in enumerate(chunk_ids)}
     index = torch.tensor([[place[chunk] for chunk in row] for row in selected.tolist()])
     rows = torch.arange(len(index))[:, None]
-    return tokens.hidden[rows.to(tokens.hidden.device), index.to(tokens.hidden.device)].flatten(1, 2)
+    return tokens[rows.to(tokens.device), index.to(tokens.device)].flatten(1, 2)
 
 
 # What diffusers' step caches (FirstBlockCache, MagCache, ...) and layer skipping need to know of block and processor.

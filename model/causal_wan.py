@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
-from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, TextKV
+from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, SmallFrame, TextKV
 from model.compressor import COMPRESSORS, low_res_tokens
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, grid_positions, grid_rotation, precise
@@ -191,8 +191,9 @@ class CausalWanModel(WanTransformer3DModel):
             mask = make_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
             mid_tokens = new_mid = None
         else:
-            mask, compressed = None, (clean, low_res) if return_kv else None
-            rotation, mid_tokens, new_mid = self._read_context(context, x, geometry, compressed, train_compressor)
+            mask, rotation = None, self._read_context(context, x, geometry)
+            mid_tokens = self._compress_archived(context) if train_compressor and context.trains_compressor else None
+            new_mid = self._compress_own(context, clean, low_res, modulation, text_kv) if return_kv else None
 
         layers = []
         for layer, block in enumerate(self.blocks):
@@ -206,33 +207,29 @@ class CausalWanModel(WanTransformer3DModel):
                 x = block(*arguments)  # [B, L, dim]
             if memory is not None:
                 layers.append(memory.left)
-                memory.left = None  # or a checkpoint would keep it until the backward pass
+                mid_tokens, new_mid = memory.mid_tokens_out or mid_tokens, memory.new_mid_out or new_mid
+                memory.left = memory.mid_tokens_out = None  # or a checkpoint would keep it until the backward pass
 
         sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
         sample = sample[:, :, -frames:]  # [B, C, F, H, W]
         if not return_dict:
             return (sample,)
         complete = context is not None and return_kv and all(layer is not None for layer in layers)
-        return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean, low_res) if complete else None)
+        if not complete:
+            return CausalWanOutput(sample=sample)
+        frame = new_mid.frames[0] if new_mid is not None and context.keeps_history else None
+        return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean, low_res, frame))
 
     @torch.compiler.disable  # a context is plain Python
-    def _read_context(
-        self, context, x: torch.Tensor, geometry: ChunkGeometry, clean: tuple | None, train_compressor: bool
-    ) -> tuple[Rotation, MidTokens | None, torch.Tensor | None]:
-        """Rotation of the chunk x [B, L, dim], the archived chunks to compress with gradient, and, where `clean`
-        (latents, low_res) is given and will need it, the chunk's own compressed tokens [B, N_c, dim]."""
+    def _read_context(self, context, x: torch.Tensor, geometry: ChunkGeometry) -> Rotation:
+        """Rotation of the chunk x [B, L, dim]. Raises as `forward`."""
         context.check_fits(x.shape[0], geometry)
         for block in self.blocks:
             processor = block.attn1.processor
             if not isinstance(processor, CausalWanAttnProcessor):
                 raise ValueError(f"attention processor {type(processor).__name__} cannot read a chunk's history: "
                                  "set CausalWanAttnProcessor or a subclass of it")  # fmt: skip
-        mid_tokens = new_mid = None
-        if train_compressor and context.trains_compressor:
-            mid_tokens = self._compress_archived(context)
-        if clean is not None and context.will_be_compressed and context.uses_compressor:
-            new_mid = self._compress(context, *clean)
-        return context.query_rotation(x.device), mid_tokens, new_mid
+        return context.query_rotation(x.device)
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """timestep [B, G] -> temb [B, G, dim] and modulation [B, G, 6, dim]."""
@@ -254,13 +251,33 @@ class CausalWanModel(WanTransformer3DModel):
         padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, ..., text_len, text_dim]
         return self.condition_embedder.text_embedder(padded)
 
+    @torch.compiler.disable
     def _compress_archived(self, context) -> MidTokens | None:
         """Hidden tokens, with gradient, of the archived chunks that this forward may attend."""
         chunk_ids, seen = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W] and perhaps low_res
         if not chunk_ids:
             return None
         hidden = self._compress(context, *(x.flatten(0, 1) for x in seen))  # [B * M, N_c, dim]
-        return MidTokens(hidden.unflatten(0, seen[0].shape[:2]), chunk_ids)
+        frames = None
+        if context.forwards:
+            kept = context.cache.frames
+            if not kept.keys() >= set(chunk_ids):
+                raise RuntimeError("train_compressor with cache.compressor.kv=forward: the chunks were committed in "
+                                   "eval mode, which keeps no history of theirs; call model.train() first")  # fmt: skip
+            frames = [kept[chunk] for chunk in chunk_ids]
+        return MidTokens(hidden.unflatten(0, seen[0].shape[:2]), chunk_ids, frames)
+
+    @torch.compiler.disable
+    def _compress_own(self, context, clean, low_res, modulation, text_kv: TextKV | None) -> MidTokens | None:
+        """The chunk's own hidden tokens, where the history will need them; see `forward` and `SmallFrame`."""
+        if not (context.will_be_compressed and context.uses_compressor):
+            return None
+        frames = None
+        if context.forwards:
+            context.keeps_history = self.training and context.trains_compressor
+            rotation = context.small_rotation(clean.device)
+            frames = [SmallFrame(context, rotation, modulation[:, :1].detach(), text_kv or TextKV())]
+        return MidTokens(self._compress(context, clean, low_res)[:, None], [context.chunk], frames)
 
     def _compress(self, context, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden tokens [B, N_c, dim] of chunks [B, C, F, H, W] and, for the LR branch, [B, C, f, h, w]."""

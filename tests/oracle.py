@@ -93,6 +93,12 @@ class OracleWan:
         temb = self.linear(f"{name}.linear_2", F.silu(self.linear(f"{name}.linear_1", x)))  # [dim]
         return temb, self.linear("condition_embedder.time_proj", F.silu(temb)).unflatten(0, (6, -1))
 
+    def embed_text(self, text):
+        padded = torch.cat((text.double(), torch.zeros(self.config.text_len - len(text), text.shape[1])))
+        name = "condition_embedder.text_embedder"
+        text = F.gelu(self.linear(f"{name}.linear_1", padded), approximate="tanh")
+        return self.linear(f"{name}.linear_2", text)
+
     def patchify(self, latents):
         x = F.conv3d(latents.double()[None], self.w["patch_embedding.weight"], self.w["patch_embedding.bias"],
                      stride=self.config.patch_size)  # fmt: skip
@@ -114,10 +120,7 @@ class OracleWan:
         embedded = [self.time_embedding(float(t)) for t in times]
         temb = torch.stack([e[0] for e in embedded]).repeat_interleave(per_frame, 0)  # [L, dim]
         modulation = torch.stack([e[1] for e in embedded]).repeat_interleave(per_frame, 0)  # [L, 6, dim]
-        padded = torch.cat((text.double(), torch.zeros(self.config.text_len - len(text), text.shape[1])))
-        name = "condition_embedder.text_embedder"
-        text = F.gelu(self.linear(f"{name}.linear_1", padded), approximate="tanh")
-        text = self.linear(f"{name}.linear_2", text)
+        text = self.embed_text(text)
         for layer in range(self.config.num_layers):
             x = self.block(layer, x, text, modulation, attend)
         shift, scale = (self.w["scale_shift_table"][0] + temb[:, None]).unbind(1)
@@ -272,6 +275,9 @@ class OracleMemory:
                 self.chosen[layer] = self.choose(layer, q)
             selected = self.chosen[layer]
         self.attended[layer] = selected
+        return self.over_history(layer, selected, q, k, v, self.full_positions)
+
+    def over_history(self, layer, selected, q, k, v, own_positions):
         sink, _, recent = self.parts()
         starts, now = self.layout(selected)
         keys, values = [], []
@@ -284,7 +290,7 @@ class OracleMemory:
                 _, key, value = self.committed[i].full[layer]
                 keys.append(rotate(key, self.full_positions(start)))
             values.append(value)
-        own = self.full_positions(now)
+        own = own_positions(now)
         keys, values = torch.cat([*keys, rotate(k, own)]), torch.cat([*values, v])
         return softmax_attention(rotate(q, own), keys, values)
 
@@ -303,12 +309,29 @@ class OracleMemory:
         self.oracle(clean if noisy is None else noisy, [timestep] * self.chunk, text, attend)
         if self.config.compressor.kind == "identity":
             small = [(k, v) for _, k, v in full]
-        else:
+        elif self.config.compressor.kv == "project":
             hidden = self.oracle.compress(clean)
             small = [self.oracle.keys_values(layer, hidden) for layer in range(len(full))]
+        else:
+            small = self.passed(self.oracle.compress(clean), timestep, text)
         self._finish()
         self.committed.append(Committed(full, small))
         self._renew()
+
+    def passed(self, hidden, timestep, text):
+        """K, V of every layer as the hidden tokens pass, in the chunk's place and with its history but for itself."""
+        small, text = [], self.oracle.embed_text(text)
+        _, modulation = self.oracle.time_embedding(timestep)
+        modulation = modulation.expand(len(hidden), -1, -1)
+
+        def attend(layer, q, k, v):
+            small.append((k, v))
+            own = lambda now: self.small_positions(now, self.chunk)  # noqa: E731
+            return self.over_history(layer, self.attended[layer], q, k, v, own)
+
+        for layer in range(self.oracle.config.num_layers):
+            hidden = self.oracle.block(layer, hidden, text, modulation, attend)
+        return small
 
     def _finish(self):
         if self.chosen_at is None:

@@ -109,6 +109,8 @@ def stage_overrides(folder: Path, stage: str) -> list[str]:
             "train.optimizer.lr=1.5e-3",  # two updates only
         ],
     }
+    if stage == "forward":  # compressed chunks pass through the sharded blocks, with gradient
+        return [*stage_overrides(folder, "dmd"), "cache.compressor.kv=forward"]
     return [f"train.stage={stage}", *more[stage]]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, IDENTITY, PER_FORWARD, RECENCY, make, roll
+from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, FORWARD, IDENTITY, PER_FORWARD, RECENCY, make, roll
 from toy import randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import clip_mask
@@ -229,7 +229,8 @@ def gradients(model, cache, num_chunks, checkpointing, **options):
 
 
 @pytest.mark.parametrize("train_compressor", [True, False])
-@pytest.mark.parametrize("settings", [{}, PER_FORWARD, {**IDENTITY, **ABSOLUTE}, {"mid_capacity": 3, **FIT}], ids=str)
+@pytest.mark.parametrize("settings", [{}, PER_FORWARD, {**IDENTITY, **ABSOLUTE}, {"mid_capacity": 3, **FIT}, FORWARD],
+                         ids=str)  # fmt: skip
 def test_gradient_checkpointing_changes_no_gradient(settings, train_compressor):
     """Blocks are recomputed after every chunk was committed, when the cache has long moved on."""
     model, cache, _ = make(settings)
@@ -243,13 +244,17 @@ def test_gradient_checkpointing_changes_no_gradient(settings, train_compressor):
     assert through_compressor == (train_compressor and settings.get("compressor") != "identity")
 
 
-def test_compressor_gradients_are_those_of_the_attended_chunks():
+@pytest.mark.parametrize("settings", [{}, FORWARD], ids=str)
+def test_compressor_gradients_are_those_of_the_attended_chunks(settings):
     """By difference quotients: history is detached, all but the compressor's part in the selected mid chunks."""
-    model, cache, _ = make({**RECENCY, "top_k": 1})
+    model, cache, _ = make({**RECENCY, "top_k": 1, **settings})
+    model.train()
     roll(model, cache, 5)
     parameter = model.pack_compressor.net[4].bias
     context = cache.context()
-    loss_of(model, cache, context, 5, train_compressor=True).backward()
+    loss = loss_of(model, cache, context, 5, train_compressor=True)
+    assert loss.item() == pytest.approx(loss_of(model, cache, context, 5).item(), rel=1e-5)  # as it was committed
+    loss.backward()
     direction = randn(*parameter.shape, seed=3)
 
     def shifted(scale):
@@ -262,6 +267,14 @@ def test_compressor_gradients_are_those_of_the_attended_chunks():
     slope = (shifted(1e-2) - shifted(-1e-2)) / 2e-2
     assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=2e-2)
     assert abs(slope) > 1e-4
+
+
+def test_in_eval_mode_nothing_is_kept_to_compress_again():
+    model, cache, _ = make(FORWARD)
+    roll(model, cache, 4)
+    assert not cache.frames
+    with pytest.raises(RuntimeError, match="committed in eval mode"):
+        loss_of(model, cache, cache.context(), 4, train_compressor=True)
 
 
 @pytest.mark.parametrize("trained", ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "proj_out"])

@@ -11,6 +11,7 @@ from model.causal_wan import CausalWanModel
 from pipeline.train.stage_parts import load_causal
 
 TRAINED = ["hr_spatiotemporal", "dual", "dual_spatial"]
+CASES = [f"kind={kind}" for kind in TRAINED] + ["kv=forward"]
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,16 @@ def learnt(stage):
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_gradient_in_dmd(root, kind):
-    stage = make_stage(root, "dmd", f"cache.compressor.kind={kind}")
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_in_dmd(root, case):
+    stage = make_stage(root, "dmd", f"cache.compressor.{case}")
     stage.loss("generator", stage.batch(0, INDICES), 0)[0].backward()
     learnt(stage)
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-def test_gradient_through_the_cache(root, kind):
-    stage = make(root, Story(5), f"cache.compressor.kind={kind}")
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_through_the_cache(root, case):
+    stage = make(root, Story(5), f"cache.compressor.{case}")
     parts(stage, stage.batch(0, INDICES))
     learnt(stage)
 

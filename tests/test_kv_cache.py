@@ -27,7 +27,7 @@ ABSOLUTE, FIT, ALIGNED = {"temporal": "absolute"}, {"temporal": "fit"}, {"spatia
 RECENCY, PER_FORWARD = {"selection": "recency"}, {"refresh": Refresh.per_forward}
 BOTH_SCOPES = {"query_scope": QueryScope.recent_and_current}
 FULL, WINDOW, SINK = {"kind": CacheKind.full}, {"kind": CacheKind.window}, {"kind": CacheKind.sink}
-IDENTITY = {"compressor": "identity"}
+IDENTITY, FORWARD = {"compressor": "identity"}, {"kv": "forward"}
 
 SETTINGS = {
     "default": {},
@@ -60,6 +60,9 @@ SETTINGS = {
     "identity-absolute-scopes": {**IDENTITY, **ABSOLUTE, **BOTH_SCOPES},
     "one-stage": {"channels": (6,), **ALIGNED},
     "spatiotemporal": {"compressor": "hr_spatiotemporal"},
+    "forward": FORWARD,
+    "forward-no-sink-per-forward": {**FORWARD, **PER_FORWARD, "sink": 0, "compressor": "hr_spatiotemporal"},
+    "forward-absolute-aligned-scopes": {**FORWARD, **ABSOLUTE, **ALIGNED, **BOTH_SCOPES},
     "spatiotemporal-fit-aligned": {"compressor": "hr_spatiotemporal", **FIT, **ALIGNED},
     "full": FULL,
     "full-absolute": {**FULL, **ABSOLUTE},
@@ -143,7 +146,7 @@ def test_other_chunk_sizes(frames, settings):
 def test_the_settings_above_do_differ():
     """Otherwise agreement with the oracle would say little."""
     distinct = ("default", "absolute", "aligned", "fit", "recency", "no-sink", "only-mid", "no-mid", "identity",
-                "full", "window", "no-history", "sink-kind")  # fmt: skip
+                "forward", "full", "window", "no-history", "sink-kind")  # fmt: skip
     last = {}
     for name in distinct:
         model, cache, _ = make({**SETTINGS[name], "channels": (6, 8)})

@@ -32,7 +32,8 @@ from utils.distributed import World
 from utils.load_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["teacher", "ar_diffusion", pytest.param("consistency", marks=pytest.mark.slow), "dmd"]
+SLOW_STAGES = ["consistency", "forward"]
+STAGES = ["teacher", "ar_diffusion", "dmd", *(pytest.param(stage, marks=pytest.mark.slow) for stage in SLOW_STAGES)]
 TOLERANCE = 1e-5
 WAYS = {  # name -> ranks, accumulation, further overrides
     "one": (1, 1, []),

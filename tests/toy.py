@@ -4,7 +4,7 @@ import torch
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from utils.config import CacheConfig, CompressorConfig
+from utils.config import CacheConfig, CompressedKV, CompressorConfig
 
 CHANNELS, TEXT_DIM, LATENT = 4, 16, (8, 12)
 TRAINED_FRAMES = 21
@@ -44,10 +44,10 @@ def toy_model(seed: int = 0, **settings) -> CausalWanModel:
     return model
 
 
-def toy_config(compressor: str = "hr_spatial", channels=(6, 8), **settings) -> CacheConfig:
+def toy_config(compressor: str = "hr_spatial", channels=(6, 8), kv: str = "project", **settings) -> CacheConfig:
     """Few enough sampled queries that sampling matters."""
     defaults = {"sink": 1, "recent": 1, "top_k": 2, "min_queries": 5}
-    kind = CompressorConfig(kind=compressor, channels=list(channels))
+    kind = CompressorConfig(kind=compressor, channels=list(channels), kv=CompressedKV(kv))
     return CacheConfig(compressor=kind, **{**defaults, **settings})
 
 

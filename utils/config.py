@@ -50,6 +50,11 @@ class QueryScope(StrEnum):
     recent_and_current = "recent+current"
 
 
+class CompressedKV(StrEnum):
+    project = "project"  # every layer projects the same hidden tokens
+    forward = "forward"  # the tokens pass through the blocks, as a small frame that attends its chunk's history
+
+
 class Refresh(StrEnum):
     per_chunk = "per_chunk"
     per_forward = "per_forward"
@@ -136,6 +141,7 @@ class ModelConfig:
 class CompressorConfig:
     kind: str = "hr_spatial"  # model/compressor.py has them all
     channels: list[int] = within("[1, 65536]", [64, 256, 1024])  # one spatial halving each
+    kv: CompressedKV = CompressedKV.project  # how hidden tokens become K, V
 
 
 @dataclass

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config import CacheKind, Config, ConfigError, Sharding, SizeUnit, TextPlacement
+from utils.config import CacheKind, CompressedKV, Config, ConfigError, Sharding, SizeUnit, TextPlacement
 from utils.foreign_keys import OURS
 
 Section = TypeVar("Section")
@@ -211,6 +211,8 @@ def validate(config: Config) -> None:
     require(capacity == "auto" or not isinstance(capacity, str), "cache.mid_capacity", capacity,
             "must be a number of chunks, auto, or null for an unbounded archive")  # fmt: skip
     require(len(cache.compressor.channels) > 0, "cache.compressor.channels", cache.compressor.channels, "needs a stage")
+    require(cache.compressor.kind != "identity" or cache.compressor.kv == CompressedKV.project, "cache.compressor.kv",
+            cache.compressor.kv, "kind=identity has its K, V already; choose another kind, or kv=project")  # fmt: skip
     require(len(sampler.steps) > 0, "sampler.steps", sampler.steps, "needs at least one timestep")
     require(sorted(sampler.steps, reverse=True) == list(sampler.steps), "sampler.steps", sampler.steps,
             "must go down from noise to clean")  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.block import ChunkKV
+from model.block import ChunkKV, SmallFrame
 from model.cache.archive import Archive
 from model.cache.context import ChunkContext
 from model.cache.positions import POSITIONS, SPATIAL
@@ -91,8 +91,8 @@ class PackCache:
             if precision is not None:
                 PRECISIONS[precision]
         self.compressor = COMPRESSORS[config.compressor.kind]
-        channels = config.compressor.channels
-        self.mid_grid, self.pool = (find(geometry, channels) for find in (self.compressor.grid, self.compressor.pool))
+        shape = geometry, config.compressor.channels
+        self.mid_grid, self.pixel_pool = self.compressor.grid(*shape), self.compressor.pool(*shape)
         bounded = self.layout.sink != UNBOUNDED
         if config.temporal == "fit" and bounded and self.fit_room < (1 if self.layout.top_k else 0):
             raise ValueError(
@@ -127,6 +127,7 @@ class PackCache:
         self.num_chunks = 0  # committed so far
         self.layers: list[Workspace] = []
         self.archive: Archive | None = None
+        self.frames: dict[int, SmallFrame] = {}  # of chunks that a forward with gradient may compress again
         self._last_selection: tuple[int, dict[int, torch.Tensor]] = (-1, {})  # chunk it was made for, per layer ids
 
     @property
@@ -176,8 +177,12 @@ class PackCache:
                 workspace.mean_queries[slot] = self.mean_query(new.query, chunk)
         if context.will_be_compressed:
             self._archive(chunk, kv)
+            if kv.frame is not None:
+                self.frames[chunk] = kv.frame
         self._last_selection = context.selection_to_keep()
         self.num_chunks += 1
+        for chunk in [chunk for chunk in self.frames if chunk < self.archived.start]:
+            del self.frames[chunk]
 
     def _workspaces(self, layers: int) -> list[Workspace]:
         layout, config, tokens = self.layout, self.config, self.geometry.tokens
@@ -196,7 +201,7 @@ class PackCache:
             mid.append((layer.key, layer.value) if identity else (layer.mid_key, layer.mid_value))
         key = mid[0][0]
         if self.selection.by_query:
-            own = self._own_mid_rotation(key.device)
+            own = self.mid_rotation(0.0, key.device)
             means = self._at_true_time(torch.stack([mean_rotated(key, own) for key, _ in mid]), chunk)
         if self.archive is None:
             config = self.config
@@ -211,8 +216,9 @@ class PackCache:
         both = self.config.query_scope == QueryScope.recent_and_current
         return self.layout.top_k > 0 and self.selection.by_query and both
 
-    def _own_mid_rotation(self, device: torch.device) -> Rotation:
-        times = frame_times(0, self.geometry.frames, self.mid_grid[0])
+    def mid_rotation(self, start: float, device: torch.device) -> Rotation:
+        """Rotation of a compressed chunk that spans what the chunk does, from `start` on."""
+        times = frame_times(start, self.geometry.frames, self.mid_grid[0])
         return grid_rotation(times, *self.mid_axes(device), self.head_dim)
 
     def _at_true_time(self, means: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from model.cache.selection import Candidates, affinity
 from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
-from utils.config import MidSpan, Refresh
+from utils.config import CompressedKV, MidSpan, Refresh
 from utils.timing import timed
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class ChunkContext:
         times: where sink, mid and the chunk itself are.
         will_be_compressed: whether the chunk's compressed K, V are wanted at its commit.
         keeps_query: whether its queries are.
+        forwards: whether compressed chunks pass through the blocks.
+        keeps_history: of a compressed chunk that passes, what it attended, to let it pass again with gradient.
     """
 
     def __init__(self, cache: "PackCache"):
@@ -52,6 +54,8 @@ class ChunkContext:
         self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
         self.uses_compressor = layout.top_k > 0 and (cache.compressor.trainable or cache.compressor.needs_pixels)
         self.trains_compressor = layout.top_k > 0 and cache.compressor.trainable
+        self.forwards = config.compressor.kv == CompressedKV.forward
+        self.keeps_history = False
         self.keeps_query = cache.scores_recent
         frames = cache.geometry.frames
         compressed = config.temporal == "packed" and config.mid_span == MidSpan.compressed
@@ -59,7 +63,7 @@ class ChunkContext:
         counts = len(self.sink), len(self.recent), self.num_selected
         self.times = cache.positions(Parts(self.chunk, frames, *counts, span, cache.fit_room))
         self._selection: dict[int, torch.Tensor] = {}
-        self._frozen: dict[int, _Frozen] = {}
+        self._frozen: dict[tuple[int, bool], _Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None
         self._selected_at = self.chunk
         made_for, previous = cache._last_selection
@@ -111,8 +115,8 @@ class ChunkContext:
             query: un-rotated queries of the current chunk [B, n, heads, D]; scored where the selection needs them.
         """
         recomputed = torch.is_grad_enabled() and not self._is_current
-        if recomputed and layer in self._frozen:
-            return self._frozen[layer].selected
+        if recomputed and (layer, False) in self._frozen:
+            return self._frozen[layer, False].selected
         self.check_current()
         if layer not in self._selection:
             ids = self._select(layer, query)
@@ -172,6 +176,31 @@ class ChunkContext:
         own, mid_tokens = cache.layout.slot(self.chunk), selected.shape[1] * cache.mid_tokens
         return cache.layers[layer].attend(own, slots, mid_tokens, key, value)
 
+    def small_rotation(self, device: torch.device) -> Rotation:
+        """Rotation of the chunk's compressed tokens, in the chunk's place."""
+        return self.cache.mid_rotation(self.times.now, device)
+
+    def small_selection(self, layer: int) -> torch.Tensor:
+        """Ids [B, k] of the mid chunks that the chunk's compressed tokens attended, where that was kept."""
+        return self._frozen[layer, True].selected
+
+    def extend_small(
+        self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `extend`, which comes before it, with the chunk's compressed tokens [B, N_c, heads, D] in its place."""
+        if torch.is_grad_enabled() or self.keeps_history:
+            return self._assemble(layer, selected, key, value, None, is_small=True)
+        self.check_current()
+        if self.chunk == 0:
+            return key, value
+        cache, tokens, workspace = self.cache, self.cache.geometry.tokens, self.cache.layers[layer]
+        own, slots = cache.layout.slot(self.chunk), len(self.sink) + len(self.recent) + 1
+        end = slots * tokens + selected.shape[1] * cache.mid_tokens
+        return tuple(
+            torch.cat((old[:, : own * tokens], old[:, (own + 1) * tokens : end], new), dim=1)
+            for old, new in ((workspace.keys, key), (workspace.values, value))
+        )
+
     @timed("select_rotate")
     def _place(self, layer: int) -> None:
         layout = self.cache.layout
@@ -189,7 +218,7 @@ class ChunkContext:
         """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own, as they are kept."""
         return self.cache.archive.gather(layer, selected - self.cache.layout.sink, self.cache.layers[0].keys.device)
 
-    def _assemble(self, layer, selected, key, value, mid) -> tuple[torch.Tensor, torch.Tensor]:
+    def _assemble(self, layer, selected, key, value, mid, is_small=False) -> tuple[torch.Tensor, torch.Tensor]:
         """`extend` without the workspace: every part put together anew."""
         cache, device = self.cache, key.device
         if self._is_current:
@@ -202,8 +231,8 @@ class ChunkContext:
             if selected.shape[1] and mid is None:
                 mid_key, mid_value = (part.restored() for part in self._archived_kv(layer, selected))
                 archived = self._mid_rotation(selected, device)(mid_key), mid_value
-            self._frozen[layer] = _Frozen(selected, history, archived)
-        frozen = self._frozen[layer]
+            self._frozen[layer, is_small] = _Frozen(selected, history, archived)
+        frozen = self._frozen[layer, is_small]
         parts = [held.at(start) for start, held in frozen.history]
         if selected.shape[1]:
             parts.append(frozen.mid if mid is None else (self._mid_rotation(selected, device)(mid[0]), mid[1]))

@@ -193,7 +193,7 @@ class Rollout:
         if not (self.cache.needs_pixels and context.will_be_compressed):
             return None
         with part("encode_small"):
-            low_res = encode_small(self.decoder.vae, self.pixels, self.cache.pool)  # [B, C, f, h, w]
+            low_res = encode_small(self.decoder.vae, self.pixels, self.cache.pixel_pool)  # [B, C, f, h, w]
         return torch.cat([low_res] * self.branches)
 
     def _per_video(self, timestep: float | torch.Tensor) -> torch.Tensor:
