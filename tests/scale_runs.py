@@ -183,7 +183,7 @@ def placed(argv: list[str], output: Path) -> int:
             for name, p in module.named_parameters()
         }
         if trainer.world.is_main:
-            output.write_text(json.dumps(shards))
+            output.write_text(json.dumps(shards), encoding="utf-8")
 
     Trainer.run = describe
     return run(argv)

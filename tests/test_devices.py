@@ -23,6 +23,14 @@ def test_an_absent_device_is_one_line(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "cpu, dtype", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)]
+)
+def test_bfloat16_where_the_cpu_has_instructions_for_it(cpu, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {cpu: True})
+    assert resolve_runtime(Config(inference=InferenceConfig(device="cpu"))).dtype == dtype
+
+
 class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

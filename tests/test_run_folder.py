@@ -79,7 +79,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_with_a_checkpoint(tmp_path, ran
 
 def test_redone_steps_are_logged_once(tmp_path):
     run_line(tmp_path, max_steps=2, save=True)
-    with open(tmp_path / "log.jsonl", "a") as file:  # of a run that was killed after its last checkpoint
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:  # of a run killed after its last checkpoint
         file.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
     run_line(tmp_path, max_steps=4, save=True)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -105,7 +105,7 @@ def run_on_full_disk(folder: Path, limit: int) -> int:
     """A limit on the size of files stands for the disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    with open(folder / "stderr", "w") as file, redirect_stderr(file):
+    with open(folder / "stderr", "w", encoding="utf-8") as file, redirect_stderr(file):
         return run_command(lambda: run_line(folder / "run", save=True, log_every=50) and 0)
 
 

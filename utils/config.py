@@ -194,7 +194,7 @@ class InferenceConfig:
     num_output_frames: int = within("[1, 1e7]", 21)  # latent frames
     num_samples: int = within("[1, 1e6]", 1)  # videos per prompt
     device: str = "auto"  # auto: cuda where there is one
-    dtype: str = "auto"  # auto: bfloat16 on cuda and on a CPU with matrix units for it (AMX), else float32
+    dtype: str = "auto"  # auto: bfloat16 on cuda and on a CPU with AMX or avx512_bf16, else float32
     attention_backend: str | None = None  # a name of diffusers' dispatcher; null: its default
     compile: bool = False  # torch.compile of the transformer blocks
     threads: int | None = within("[1, 1024]", None)  # CPU threads; null: torch's default
