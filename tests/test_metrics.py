@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.sprites.read import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, read_seconds, score
+from utils.sprites.read import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, look, read_seconds, score
 from utils.sprites.world import (
+    COLOURS,
     DRIFTS,
     FPS,
     HELD_OUT_START,
@@ -17,6 +18,7 @@ from utils.sprites.world import (
     SpriteSpec,
     background_image,
     draw_sprite,
+    outline_distance,
     render,
     sample_spec,
 )
@@ -55,6 +57,59 @@ def test_raw_renders_are_read_right():
     result = rates([(spec, render(spec, 4 * FPS)) for spec in specs])
     assert set(result) == set(MARKED)
     assert min(result.values()) >= FLOOR, result
+
+
+def drawn(distance, half=13.0):
+    """A second of a red sprite of any outline (distance of x, y, half side) on a blue ground, here and there."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :96] + 0.5
+    frames = np.repeat(background_image("blue", "checkerboard")[None], FPS, 0)
+    for frame, (right, down) in zip(frames, rng.uniform(20, 44, (FPS, 2)), strict=True):
+        cover = np.clip(0.5 - distance(x - right, y - down, half), 0, 1)[..., None]
+        frame += cover * (np.array(COLOURS["red"]) - frame)
+    return np.round(frames).astype(np.uint8)
+
+
+def pin_cushion(depth):
+    def distance(x, y, half):
+        hollow = (depth * half * np.clip(1 - (other / half) ** 2, 0, 1) for other in (y, x))
+        return np.maximum(*(np.abs(along) + inwards for along, inwards in zip((x, y), hollow, strict=True))) - half
+
+    return distance
+
+
+def rounded(radius):
+    def distance(x, y, half):
+        out = [np.abs(along) - half * (1 - radius) for along in (x, y)]
+        return np.hypot(*np.maximum(out, 0)) + np.minimum(np.maximum(*out), 0) - half * radius
+
+    return distance
+
+
+def with_hole(shape, radius):
+    return lambda x, y, half: np.maximum(outline_distance(shape, x, y, half), radius * half - np.hypot(x, y))
+
+
+def diamond(power):  # a circle on its way to one
+    return lambda x, y, half: (np.abs(x) ** power + np.abs(y) ** power) ** (1 / power) - half
+
+
+DEFECTS = {
+    "pin-cushion": (pin_cushion(0.2), pin_cushion(0.0), "square"),
+    "rounded square": (rounded(0.6), rounded(0.0), "square"),
+    "square with a hole": (with_hole("square", 0.35), with_hole("square", 0.0), "square"),
+    "circle with a hole": (with_hole("circle", 0.35), with_hole("circle", 0.0), "circle"),
+    "circle with corners": (diamond(1.5), diamond(2.0), "circle"),
+    "triangle with a hole": (with_hole("triangle", 0.3), with_hole("triangle", 0.0), "triangle"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_shape_out_of_true_is_none(defect):
+    wrong, right, shape = DEFECTS[defect]
+    assert look(drawn(right)).shape == shape and look(drawn(right)).outline > 0.98
+    seen = look(drawn(wrong))
+    assert seen.present and seen.colour == "red" and seen.shape == "other" and 0.75 < seen.outline < 0.94
 
 
 def test_blurred_noisy_renders_are_read_right():

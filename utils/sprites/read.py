@@ -4,7 +4,7 @@
     marks = score(readings, parse_caption(prompt))  # one Mark per second and attribute
 
 No ground truth enters a reading: backgrounds are told apart by fitting every known one to the frame, sprites by what
-stands out from it, shapes by fitting outlines to the soft mask, motions by fitting paths to the track of its centre.
+stands out from it, shapes by laying true outlines on its mean mask, motions by fitting paths to its centre's track.
 Everything is done on the torus, so a sprite that crosses a border stays one sprite.
 """
 
@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from utils.sprites.motion import STILL, read_motion
+from utils.sprites.motion import OTHER, STILL, read_motion
 from utils.sprites.world import CELL, COLOURS, PATTERNS, SHAPES, CaptionFacts, background_image, outline_distance
 
 SPRITE_ATTRIBUTES = ("colour", "shape", "motion")
@@ -34,12 +34,19 @@ WINDOW = 0.56  # side of the window a sprite must fit in, of the height
 MIN_INSIDE = 0.80  # of the mask inside that window: one blob, not two
 PRESENT_SHARE = 0.75  # of a second's frames that must show a sprite
 AREA_TO_BOX = {"circle": 4 / math.pi, "square": 1.0, "triangle": 2.0}  # area of a shape -> square of its box's side
-OUTLINE_SCALES = (0.94, 1.0, 1.06)
+OUTLINE_SCALES = np.linspace(0.94, 1.1, 9)
+APEX_SHIFTS = (0.0, 0.25, 0.5, 0.75)  # px that a blunt apex moves a triangle's centre of mass down
+FINE = 3  # steps a pixel that outlines are compared at
+# Intersection over union with its true outline that a shape must reach, just below what the VAE leaves of true ones.
+OUTLINE_IOU = {"circle": 0.94, "square": 0.94, "triangle": 0.90}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one second shows; None where there is no sprite to read (and for motion before two seconds have passed)."""
+    """What one second shows; None where there is no sprite to read (and for motion before two seconds have passed).
+
+    `outline`: IoU with the outline of the nearest shape; below `OUTLINE_IOU` `shape` is "other".
+    """
 
     second: int
     present: bool
@@ -48,6 +55,7 @@ class Reading:
     motion: str | None
     background: str
     pattern: str
+    outline: float | None
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,9 @@ def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
             track = np.concatenate([looks[second - 1].centres, seen.centres])
             motion = read_motion(track, fps, height, frames.shape[2])
         shape = seen.shape if seen.present else None
-        colour = seen.colour if seen.present else None
-        readings.append(Reading(second, seen.present, colour, shape, motion, seen.background, seen.pattern))
+        colour, outline = (seen.colour, seen.outline) if seen.present else (None, None)
+        ground = seen.background, seen.pattern
+        readings.append(Reading(second, seen.present, colour, shape, motion, *ground, outline))
     return readings
 
 
@@ -124,7 +133,8 @@ def accuracy(marks: Sequence[Mark], said: bool, seconds: range) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Look:
-    """What some frames show, taken together; `diameter` of the sprite in px, `centres` [F, 2] as (x, y) px."""
+    """What some frames show, taken together; `diameter` of the sprite in px, `centres` [F, 2] as (x, y) px, `outline`
+    its IoU with that of the nearest shape."""
 
     present: bool
     colour: str
@@ -132,6 +142,7 @@ class Look:
     background: str
     pattern: str
     diameter: float
+    outline: float
     centres: np.ndarray  # nan in frames without a sprite
 
 
@@ -144,9 +155,11 @@ def look(frames: np.ndarray) -> Look:
     centres, windows = _locate(cover)
     shown = ~np.isnan(centres[:, 0])
     present = bool(shown.mean() >= PRESENT_SHARE)
-    shape = _read_shape(windows[shown]) if shown.any() else SHAPES[0]
+    shape, outline = _read_shape(windows[shown]) if shown.any() else (SHAPES[0], 0.0)
     area = windows[shown].sum(axis=(1, 2)).mean() if shown.any() else 0.0
-    return Look(present, colour, shape, background, pattern, float(math.sqrt(area * AREA_TO_BOX[shape])), centres)
+    diameter = float(math.sqrt(area * AREA_TO_BOX[shape]))
+    shape = shape if outline >= OUTLINE_IOU[shape] else OTHER
+    return Look(present, colour, shape, background, pattern, diameter, outline, centres)
 
 
 @lru_cache(maxsize=4)
@@ -232,23 +245,35 @@ def _circular_mean(profile: np.ndarray, size: int) -> np.ndarray:
     return np.where(np.abs(total) > 1e-6, mean, np.nan)
 
 
-def _read_shape(windows: np.ndarray) -> str:
-    """The outline that differs least from the soft masks [F, P, P] of a second, at the mask's own area and centre."""
+def _read_shape(windows: np.ndarray) -> tuple[str, float]:
+    """The shape whose outline fits the soft masks [F, P, P] best, and their intersection over union."""
+    mask = _mean_mask(windows) > 0.5  # [Q, Q]
+    reach = mask.shape[0] // FINE / 2
+    fine = np.linspace(-reach, reach, len(mask))
+    area = max(int(mask.sum()), 1)
+    x, y = fine - (mask.sum(axis=0) * fine).sum() / area, fine - (mask.sum(axis=1) * fine).sum() / area
+
+    def overlap(shape: str, scale: float, down: float) -> float:
+        half = scale * math.sqrt(area / FINE**2 * AREA_TO_BOX[shape]) / 2
+        low = half / 3 + down if shape == "triangle" else 0.0  # of the box's middle, seen from the centre of mass
+        inside = outline_distance(shape, x, y[:, None] + low, half) < 0
+        return float((inside & mask).sum() / (inside | mask).sum())
+
+    shape = max(SHAPES, key=lambda shape: overlap(shape, 1.0, 0.0))
+    downs = APEX_SHIFTS if shape == "triangle" else (0.0,)
+    return shape, max(overlap(shape, scale, down) for scale in OUTLINE_SCALES for down in downs)
+
+
+def _mean_mask(windows: np.ndarray) -> np.ndarray:
+    """Soft masks [F, P, P] laid on one another by their centres of mass, on a grid `FINE` times finer: mean [Q, Q].
+
+    What flickers averages out, and where it crosses one half is the outline, to a fraction of a pixel.
+    """
     half = windows.shape[1] // 2
-    offsets = np.arange(-half, half + 1, dtype=np.float32)
-    soft = np.where(windows > 0.25, windows, 0.0)
-    area = np.maximum(soft.sum(axis=(1, 2)), 1.0)
-    x = offsets - ((soft.sum(axis=1) * offsets).sum(axis=1) / area)[:, None]  # [F, P] about the centre of mass
-    y = offsets - ((soft.sum(axis=2) * offsets).sum(axis=1) / area)[:, None]
-    # Half the box side of a shape of this area, and how far below the box's middle its centre of mass lies.
-    halves = {"circle": np.sqrt(area / math.pi), "square": np.sqrt(area) / 2, "triangle": np.sqrt(area / 2)}
-    costs = {}
-    for shape in SHAPES:
-        per_scale = []
-        for scale in OUTLINE_SCALES:
-            size = (halves[shape] * scale).astype(np.float32)[:, None, None]
-            low = size / 3 if shape == "triangle" else 0.0
-            distance = outline_distance(shape, x[:, None, :], y[:, :, None] + low, size)
-            per_scale.append(np.abs(np.clip(0.5 - distance, 0.0, 1.0) - windows).sum(axis=(1, 2)) / area)
-        costs[shape] = np.minimum.reduce(per_scale).sum()
-    return min(costs, key=costs.__getitem__)
+    offsets, fine = np.arange(-half, half + 1), np.linspace(-half, half, 2 * half * FINE + 1)
+    hard = np.where(windows > 0.5, windows, 0.0)
+    area = np.maximum(hard.sum(axis=(1, 2)), 1e-6)
+    right, down = ((hard.sum(axis=axis) * offsets).sum(axis=1) / area for axis in (1, 2))  # [F] each
+    # Linear interpolation, as weights [F, Q, P] of the samples on either side.
+    columns, rows = (np.maximum(0.0, 1 - np.abs(fine[:, None] + at[:, None, None] - offsets)) for at in (right, down))
+    return (rows @ windows @ columns.transpose(0, 2, 1)).mean(axis=0)
