@@ -3,18 +3,19 @@
     python -m scripts.ablate --config_path configs/tiny/demo.yaml --data_path prompts/tiny.txt --output_folder out \\
         --vary cache.top_k=1,4,16 --vary cache.temporal=packed,fit --seeds 3 --seconds 60
     torchrun --nproc_per_node=8 -m scripts.ablate ...
-    python -m scripts.ablate --config_path configs/tiny/demo.yaml --captions 16 --output_folder out --seconds 120 \\
+    python -m scripts.ablate --config_path configs/tiny/demo.yaml --stories 16 --output_folder out --seconds 60 \\
         --vary "cache.kind=pack | cache.kind=window cache.recent=2 | cache.kind=sink cache.recent=1"
 
 Every --vary is an axis of the grid: values of one setting, or, with bars between them, sets of settings that belong
-together. Prompts are a file's (--data_path) or the first --captions captions of the held-out sprite world. Every cell
-makes every prompt's video with every seed, the same noise in all cells. Ranks share the videos; started again, what is
-there is kept.
+together. Prompts are a file's (--data_path), the first --captions captions of the held-out sprite world, or so many
+--stories of it, with shots of --shot_chunks chunks. Every cell makes every prompt's video with every seed, the same
+noise in all cells. Ranks share the videos; started again, what is there is kept.
 
 Writes to --output_folder: a folder of videos per cell and seed; results.csv, a row per video: settings, bytes of the
-cache, speed, `utils/metrics.py`, and what is read right of sprite-world captions: `said`, in seconds 1 on, and `kept`,
-what the caption leaves out and must be as in seconds 1 to 4, so only memory can keep it; summary.csv, mean and std over
-seeds of each cell; and page.html, with all of it, plots over time and against bytes, and the first videos, in one file.
+cache, speed, `utils/metrics.py`, and what is read right of sprite-world captions: `said`, in seconds 1 on, `kept`,
+what the caption leaves out and must be as in seconds 1 to 4, so only memory can keep it, and `recall`, what returning
+shots of stories show as it was; summary.csv, mean and std over seeds of each cell; and page.html, with all of it, plots
+over time and against bytes, and the first videos, in one file.
 """
 
 import argparse
@@ -22,11 +23,12 @@ import csv
 import itertools
 import json
 import logging
+import math
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +42,21 @@ import torch
 from tqdm import tqdm
 
 from pipeline.bundle import check_bundle
-from pipeline.data.prompts import read_prompts
+from pipeline.data.prompt_files import read_prompt_items
+from pipeline.data.schedule import Prompt, texts
 from pipeline.data.shards import write_json
 from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.jobs import check_output_folder, resolved, slug
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import prompt_noise
 from scripts.ablate_page import write_page
-from scripts.evaluate import EVERY_SECOND, judge, to_frames
+from scripts.generate_held_out import check_chunks
+from scripts.judge import EVERY_SECOND, judge
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
 from utils.load_config import load_config
 from utils.sprites.read import MARKED, accuracy
-from utils.sprites.world import HELD_OUT_START, caption, parse_caption, sample_spec
+from utils.sprites.story import FRAMES_PER_CHUNK, LEFT_OUT, STRIDE, RecallMark, num_chunks, recall, sample_story
+from utils.sprites.world import FPS, HELD_OUT_START, caption, sample_spec
 from utils.video import VideoWriter
 
 log = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ class Task:
     config: Config
     seed: int
     index: int
-    prompt: str
+    prompt: Prompt
     seconds: float
     folder: Path
 
@@ -77,7 +81,7 @@ class Task:
     @property
     def video(self) -> Path:
         cell = re.sub(r"[^A-Za-z0-9.,=_-]+", "_", self.name)[:150]
-        return self.folder / cell / f"seed{self.seed}" / f"{self.index:04d}_{slug(self.prompt)}.mp4"
+        return self.folder / cell / f"seed{self.seed}" / f"{self.index:04d}_{slug(texts(self.prompt)[0])}.mp4"
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -89,7 +93,8 @@ class Task:
         """What is known of the finished video; None where it is not there, or was made otherwise."""
         try:
             record = json.loads(self.video.with_suffix(".json").read_text(encoding="utf-8"))
-            return record if record["made_by"] == self.made_by and self.video.is_file() else None
+            same = record["made_by"] == self.made_by and "recall" in record  # which older records lack
+            return record if same and self.video.is_file() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -110,16 +115,16 @@ def axis(text: str) -> list[list[str]]:
 
 def plan(arguments: argparse.Namespace) -> list[Task]:
     """Every video of the grid. Raises `ConfigError` for a cell that no run could use, before anything is loaded."""
-    for name in ("seeds", "seconds", "captions"):
-        if not 0 < getattr(arguments, name) < float("inf"):
+    for name in ("seeds", "seconds", "captions", "stories"):
+        if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) < float("inf"):
             raise ConfigError(f"--{name} is {getattr(arguments, name)}: must be positive")
     cells = [tuple(itertools.chain(*cell)) for cell in itertools.product(*map(axis, arguments.vary))]
     configs = [load_config(arguments.config_path, [*arguments.overrides, *cell]) for cell in cells]
     for config in configs:
         check_bundle(config)
-    prompts = read_prompts(arguments.data_path) if arguments.data_path else [
-        caption(sample_spec(configs[0].seed, HELD_OUT_START + index)) for index in range(arguments.captions)
-    ]  # fmt: skip
+    prompts = held_out(arguments, configs[0])
+    if arguments.data_path:
+        prompts = [item.prompt for item in read_prompt_items(arguments.data_path)]
     folder, first = check_output_folder(arguments.output_folder), configs[0].seed
     return [
         Task(cell, config, seed, index, prompt, arguments.seconds, folder)
@@ -127,6 +132,16 @@ def plan(arguments: argparse.Namespace) -> list[Task]:
         for seed in range(first, first + arguments.seeds)
         for index, prompt in enumerate(prompts)
     ]
+
+
+def held_out(arguments: argparse.Namespace, config: Config) -> list[Prompt]:
+    """The first captions, or stories, of the held-out sprite world."""
+    if not arguments.stories:
+        return [caption(sample_spec(config.seed, HELD_OUT_START + index)) for index in range(arguments.captions)]
+    check_chunks(config)
+    chunks = num_chunks(math.ceil(arguments.seconds * FPS) + FRAMES_PER_CHUNK * STRIDE - 1)
+    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
+    return [sample_story(config.seed, index, chunks, arguments.shot_chunks).schedule for index in indices]
 
 
 def pipelines(tasks: list[Task]) -> Iterator[tuple[Task, PackForcingPipeline]]:
@@ -143,44 +158,44 @@ def pipelines(tasks: list[Task]) -> Iterator[tuple[Task, PackForcingPipeline]]:
 def make(task: Task, pipe: PackForcingPipeline) -> None:
     """Write the video, then its record."""
     fps, start, pieces = task.config.video.fps, time.perf_counter(), []
-    noise = prompt_noise(task.seed, [task.prompt], [0])
-    stream = pipe.stream(task.prompt, seconds=task.seconds, cache=task.config.cache, noise=noise, output_type="pt")
-    for chunk in stream:
-        pieces.append(to_frames(chunk.frames)[0])
+    options = {"seconds": task.seconds, "seed": task.seed, "cache": task.config.cache, "output_type": "uint8"}
+    for chunk in pipe.stream(task.prompt, **options):
+        pieces.append(chunk.frames[0])
         report = chunk.report
     frames = np.concatenate(pieces)  # [F, H, W, 3]
     speed = len(frames) / (time.perf_counter() - start)
     task.video.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(task.video, fps, *frames.shape[1:3]) as writer:
         writer.append(frames)
-    verdict = judge(frames, fps, task.prompt if is_caption(task.prompt) else None)
+    try:
+        verdict = judge(frames, fps, task.prompt)
+    except ValueError:  # of another world
+        verdict = judge(frames, fps, None)
     said, kept = (accuracy(verdict.marks, captioned, EVERY_SECOND) for captioned in (True, False))
     write_json(task.video.with_suffix(".json"), {
         "prompt": task.prompt, "fps": fps, "made_by": task.made_by,
         "bytes": sum(report[part]["bytes"] for part in ("sink", "mid", "recent")),
         "bytes_in_all": sum(part["bytes"] for part in report.values()),
         "frames_per_second": round(speed, 2), "metrics": verdict.metrics, "curves": verdict.curves,
-        "said": said, "kept": kept,
+        "said": said, "kept": kept, "recall": [asdict(mark) for mark in verdict.recall],
     })  # fmt: skip
-
-
-def is_caption(prompt: str) -> bool:
-    try:
-        return bool(parse_caption(prompt))
-    except ValueError:
-        return False
 
 
 def row(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     """A line of results.csv."""
     cells = {"cell": task.name, **dict(setting.split("=", 1) for setting in task.cell)}
-    cells |= {"seed": task.seed, "prompt": task.prompt, "video": str(task.video.relative_to(task.folder))}
+    cells |= {"seed": task.seed, "prompt": "; ".join(texts(task.prompt))}
+    cells |= {"video": str(task.video.relative_to(task.folder))}
     cells |= {name: record[name] for name in ("bytes", "bytes_in_all", "frames_per_second")} | record["metrics"]
     for kind in ("said", "kept"):
         found = record[kind]
         cells |= {f"{kind}/{name}": found[name] for name in MARKED if name in found}
         if found:
             cells[kind] = float(np.mean(list(found.values())))
+    found = recall([RecallMark(**mark) for mark in record["recall"]])
+    cells |= {f"recall/{name}": value for name, value in found.items()}
+    if found:
+        cells["recall"] = float(np.mean([found[name] for name in LEFT_OUT]))
     return cells
 
 
@@ -226,7 +241,7 @@ def work(tasks: list[Task], world: World, page_videos: int) -> None:
     folder, summary = tasks[0].folder, summarise(rows)
     write_csv(folder / "results.csv", rows)
     write_csv(folder / "summary.csv", summary)
-    write_page(folder / "page.html", rows, summary, [record["curves"] for record in records], page_videos)
+    write_page(folder / "page.html", rows, summary, records, page_videos)
     log.info("%s", folder / "page.html")
 
 
@@ -245,6 +260,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="an axis of the grid")
     parser.add_argument("--data_path", help="file of prompts")
     parser.add_argument("--captions", type=int, default=4, help="without --data_path: so many held-out captions")
+    parser.add_argument("--stories", type=int, help="so many held-out stories in place of captions")
+    parser.add_argument("--shot_chunks", type=int, nargs=2, default=[1, 4], help="least and most chunks of a shot")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from the config's on")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each video, rounded up to whole chunks")
     parser.add_argument("--page_videos", type=int, default=2, help="prompts whose videos go into the page")

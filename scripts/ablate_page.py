@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from utils.metrics import METRICS
+from utils.sprites.story import CHANCE, LEFT_OUT, RecallMark, recall_table
 
 COLOURS = matplotlib.colormaps["tab10"]
 PAGE = """<!doctype html>
@@ -35,6 +36,7 @@ video {{ width: 288px; image-rendering: pixelated; background: #000; }}
 {videos}
 <h2>Mean ± std over seeds</h2><div class="scroll">{table}</div>
 <h2>Against bytes that a chunk attends</h2>{pareto}
+{recall}
 <h2>Over time</h2>{curves}
 <script>
 const videos = [...document.querySelectorAll("video")], first = videos[0];
@@ -69,7 +71,7 @@ def picture(figure: plt.Figure) -> str:
     return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def plot_curves(rows: list[dict[str, Any]], curves: list[dict[str, list[float]]]) -> str:
+def plot_curves(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> str:
     """Every metric over the seconds: mean over a cell's videos, and the range of its seeds' means."""
     cells = list(dict.fromkeys(row["cell"] for row in rows))
     columns = 3
@@ -78,9 +80,9 @@ def plot_curves(rows: list[dict[str, Any]], curves: list[dict[str, list[float]]]
         axis.set_title(f"{name} ({metric.unit})", fontsize=9)
         for number, cell in enumerate(cells):
             seeds: dict[int, list[list[float]]] = {}
-            for row, curve in zip(rows, curves, strict=True):
+            for row, record in zip(rows, records, strict=True):
                 if row["cell"] == cell:
-                    seeds.setdefault(row["seed"], []).append(curve[name])
+                    seeds.setdefault(row["seed"], []).append(record["curves"][name])
             means = np.stack([np.mean(some, axis=0) for some in seeds.values()])  # [seeds, S]
             seconds, colour = np.arange(means.shape[1]), COLOURS(number % COLOURS.N)
             axis.plot(seconds, means.mean(0), color=colour, label=cell, linewidth=1.2)
@@ -94,18 +96,40 @@ def plot_curves(rows: list[dict[str, Any]], curves: list[dict[str, list[float]]]
 
 
 def plot_pareto(summary: list[dict[str, Any]]) -> str:
-    """What is kept and said right against bytes; nothing where no caption could be read."""
-    kinds = [kind for kind in ("kept", "said") if any(kind in cell for cell in summary)]
+    """What is recalled, kept and said right against bytes; nothing where no caption could be read."""
+    titles = {"recall": "recalled by returning shots", "kept": "kept though no word says it", "said": "as captioned"}
+    kinds = [kind for kind in titles if any(kind in cell for cell in summary)]
     if not kinds:
         return "<p>No captions of the sprite world: nothing to read.</p>"
     figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 3.6), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
-        axis.set_title({"kept": "kept though no word holds it", "said": "right as captioned"}[kind], fontsize=9)
+        axis.set_title(titles[kind], fontsize=9)
         for number, cell in enumerate(cell for cell in summary if kind in cell):
             axis.errorbar(cell["bytes"], cell[kind], yerr=cell[f"{kind} std"], fmt="o", label=cell["cell"],
                           color=COLOURS(number % COLOURS.N), capsize=3)  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlabel("bytes attended", fontsize=8)
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=6)
+    return picture(figure)
+
+
+def plot_recall(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> str:
+    """Recall of what captions leave out against the chunks since a character was last seen, of every cell's stories."""
+    tables = {}
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        of_cell = (record for row, record in zip(rows, records, strict=True) if row["cell"] == cell)
+        tables[cell] = recall_table([RecallMark(**mark) for record in of_cell for mark in record["recall"]])
+    if not any(tables.values()):
+        return ""
+    figure, axes = plt.subplots(1, len(LEFT_OUT), figsize=(6 * len(LEFT_OUT), 3.2))
+    for axis, attribute in zip(axes, LEFT_OUT, strict=True):
+        axis.set_title(f"{attribute} recalled, by chunks since last seen (dotted: chance)", fontsize=9)
+        axis.axhline(CHANCE[attribute], color="0.5", linestyle=":")
+        for number, (cell, found) in enumerate(tables.items()):
+            shares = {bucket: some[attribute] for bucket, some in found.get("since", {}).items()}
+            axis.plot(list(shares), list(shares.values()), "o-", label=cell, color=COLOURS(number % COLOURS.N))
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=6)
@@ -141,12 +165,12 @@ def video_rows(folder: Path, rows: list[dict[str, Any]], count: int) -> str:
 
 
 def write_page(
-    path: Path, rows: list[dict[str, Any]], summary: list[dict[str, Any]], curves: list[dict], count: int
+    path: Path, rows: list[dict[str, Any]], summary: list[dict[str, Any]], records: list[dict], count: int
 ) -> None:
     """Write the page.
 
     Args:
-        rows, curves: of every video, in the same order; a row's `video` is relative to the page.
+        rows, records: of every video, in the same order; a row's `video` is relative to the page.
         summary: of every cell.
         count: prompts whose videos the page holds.
     """
@@ -156,7 +180,8 @@ def write_page(
             videos=video_rows(path.parent, rows, count),
             table=table(summary),
             pareto=plot_pareto(summary),
-            curves=plot_curves(rows, curves),
+            recall=plot_recall(rows, records),
+            curves=plot_curves(rows, records),
         ),
         encoding="utf-8",
     )

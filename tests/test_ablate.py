@@ -98,6 +98,18 @@ def test_ranks_share_the_videos(world, tmp_path, monkeypatch):
     assert (tmp_path / "page.html").is_file() and len(results(tmp_path)) == 3
 
 
+def test_recall_of_stories(world, tmp_path):
+    settings = [*tiny.STORIES, "--seconds=2.5", "--shot_chunks", "1", "1"]
+    argv = [f"--config_path={world / 'config.yaml'}", f"--output_folder={tmp_path}", "--vary=cache.top_k=0,1"]
+    assert main([*argv, *settings, "--stories=2"]) == 0
+    rows = results(tmp_path)
+    assert len(rows) == 4 and all(0 <= float(row["recall"]) <= 1 for row in rows)
+    record = json.loads((tmp_path / rows[0]["video"]).with_suffix(".json").read_text())
+    assert len(record["prompt"]) > 2 and {mark["attribute"] for mark in record["recall"]} >= {"colour", "size"}
+    page = (tmp_path / "page.html").read_text()
+    assert len(re.findall(r'<img [^>]*src="data:image/png;base64,', page)) == 3
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [

@@ -58,6 +58,10 @@ def test_a_teacher_makes_clips_of_the_trained_length(world, capsys, tmp_path):
         (("--captions=0",), "--captions"),
         (("--teacher", "nowhere"), "nowhere"),
         (("cache.top=1",), "cache.top"),
+        (("--stories=0",), "--stories is 0"),
+        (("--stories=2",), "video.frames_per_chunk is 2"),
+        (("--stories=2", *tiny.STORIES, "--shot_chunks", "2", "1"), "--shot_chunks 2 1"),
+        (("--stories=2", *tiny.STORIES, "--since=2", "--between=3"), "--between 3"),
     ],
 )
 def test_bad_input_is_named(world, capsys, arguments, word):
@@ -69,6 +73,20 @@ def test_a_teacher_for_other_latents_is_refused(world, capsys, tmp_path):
     WanTransformer3DModel(**{**SCORE, "in_channels": 8}, num_layers=1).save_pretrained(tmp_path)
     code, error = run(world, capsys, "--teacher", tmp_path)
     assert code == 2 and "in_channels is 8" in error
+
+
+def test_stories_are_made_and_their_recall_is_told(world, capsys, tmp_path):
+    options = ["--stories=3", *tiny.STORIES]
+    code, result = run(world, capsys, *options, "--since", 1, 2, f"--output_folder={tmp_path}")
+    assert code == 0 and result["stories"] == 6 and result["stories_per_minute"] > 0
+    assert {name: found["shots"] for name, found in result["recall"]["since"].items()} == {"1": 3, "4": 3}
+    assert set(result["chance"]) < set(result["first"]) < set(result["recall"]["all"][""])
+    assert [len(read_video(tmp_path / f"000{number}.mp4")) for number in (0, 5)] == [33, 45]
+    assert main([str(tmp_path), "--json"]) == 0  # the sidecars tell the stories
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])["folders"]["."]
+    assert again["recall"]["since"]["1"]["shots"] == 3 and again["videos"] == 6
+    code, result = run(world, capsys, *options, "--chunks=4", "--shot_chunks", 1, 1)
+    assert code == 0 and result["stories"] == 3
 
 
 # Videos that are there

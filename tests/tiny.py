@@ -18,6 +18,8 @@ sampler: {{steps: [1000, 500], shift: 3.0}}
 inference: {{num_output_frames: 4, device: cpu, dtype: float32, threads: 1}}
 """
 
+STORIES = ["video.frames_per_chunk=3", "video.trained_frames=12", "inference.num_output_frames=3"]  # as they are cut
+
 
 def vae() -> AutoencoderKLWan:
     return AutoencoderKLWan(

@@ -62,9 +62,8 @@ class Conditioning:
             now = [text_at(line, start) for line in lines]
             embeds = pad_sequence([encoded[text] for text in now], batch_first=True)  # [B, n, text_dim]
             parts[start] = Prompts(embeds.to(**place), negative)
-            if start:
-                changed = "; ".join(dict.fromkeys(line[start] for line in lines if start in line))
-                log.info("from %.2f s (chunk %d): %s", pipe.vae_shape.frames(size * start) / fps, start, changed)
+            if start and len(set(now)) == 1:  # a batch of schedules would say too much
+                log.info("from %.2f s (chunk %d): %s", pipe.vae_shape.frames(size * start) / fps, start, now[0])
         return cls(lines, parts)
 
     def noise(self, asked: SimpleNamespace, size: tuple[int, ...]) -> NoiseSource:

@@ -20,6 +20,7 @@ from utils.sprites.world import (
     BOUNCE_ANGLE,
     COLOURS,
     DIAMETER,
+    FPS,
     HEIGHT,
     HELD_OUT_START,
     MOTIONS,
@@ -30,15 +31,16 @@ from utils.sprites.world import (
     WIDTH,
     SpriteSpec,
     caption,
+    parse_caption,
     render,
 )
 
 STREAM = 1  # keeps a story's randomness apart from that of the clip of the same index
+RETURN_STREAM = 2
 RECALLED = ("colour", "background", "pattern", "shape", "size")
 LEFT_OUT = ("colour", "background")  # by the captions of later shots
 SIZE_TOLERANCE = 0.06  # of the diameter
-# What a guess would score: colours by chance among six, or among those that the story has shown.
-CHANCE = {"colour": 1 / len(COLOURS), "background": 1 / len(COLOURS)}
+SINCE = (1, 4, 16, 64)  # chunks since a character was last seen: upper ends of the buckets of `recall_table`
 FRAMES_PER_CHUNK, STRIDE = 3, 4  # latent frames of a chunk, pixel frames of a latent one after the first
 
 
@@ -77,6 +79,11 @@ class Story:
         return [caption(shot.spec) for shot in self.shots for _ in range(shot.chunks)]
 
     @property
+    def schedule(self) -> list[dict[str, float | str]]:
+        """Its captions as a prompt that changes with the shots (`pipeline/data/schedule.py`)."""
+        return [{"at": shot.frames.start / FPS, "prompt": caption(shot.spec)} for shot in self.shots]
+
+    @property
     def returning(self) -> list[bool]:
         """Per chunk, whether it belongs to a returning shot."""
         return [shot.returning for shot in self.shots for _ in range(shot.chunks)]
@@ -98,6 +105,11 @@ def first_frame(chunk: int) -> int:
     return 0 if chunk == 0 else 1 + STRIDE * (FRAMES_PER_CHUNK * chunk - 1)
 
 
+def num_chunks(frames: int) -> int:
+    """Whole chunks that so many frames hold."""
+    return (1 + (frames - 1) // STRIDE) // FRAMES_PER_CHUNK
+
+
 def sample_story(seed: int, index: int, chunks: int, shot_chunks: Sequence[int] = (1, 1)) -> Story:
     """Story `index` of the world `seed`: a pure function of its arguments; held out from `HELD_OUT_START` on.
 
@@ -106,25 +118,72 @@ def sample_story(seed: int, index: int, chunks: int, shot_chunks: Sequence[int] 
         shot_chunks: (least, most) chunks of a shot; the last is cut where the story ends.
     """
     rng = np.random.default_rng([seed, index, STREAM])
+    cast, shots, start = _allowed_cast(rng, index), [], 0
+    who = int(rng.integers(len(cast)))
+    while start < chunks:
+        length = min(int(rng.integers(shot_chunks[0], shot_chunks[1] + 1)), chunks - start)
+        shots.append(_next_shot(shots, _draw_shot(rng, cast[who]), length))
+        start += length
+        who = int(rng.choice([other for other in range(len(cast)) if other != who]))
+    return Story(tuple(shots))
+
+
+def sample_return(seed: int, index: int, since: int, between: int | None = None, shot_chunks: int = 1) -> Story:
+    """A story whose last shot brings its first character back after `since` chunks of the two others.
+
+    Args:
+        between: shots that these chunks are cut into, as evenly as can be; None: two, or more so that none is longer
+            than 16 chunks.
+        shot_chunks: length of the first and of the last shot.
+    """
+    rng = np.random.default_rng([seed, index, RETURN_STREAM])
+    cast = [_allowed_cast(rng, index)[place] for place in rng.permutation(len(SHAPES))]
+    between = min(since, max(2, -(-since // 16))) if between is None else between
+    cuts = [since * place // between for place in range(between + 1)]
+    lengths = [shot_chunks, *(end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)), shot_chunks]
+    shots: list[Shot] = []
+    for place, length in enumerate(lengths):
+        who = 0 if place in (0, between + 1) else 1 + place % 2
+        shots.append(_next_shot(shots, _draw_shot(rng, cast[who]), length))
+    return Story(tuple(shots))
+
+
+def read_story(schedule: Sequence[dict[str, float | str]], chunks: int) -> Story:
+    """The story that a schedule of captions tells in a video of so many chunks; sizes, speeds and places are not in it.
+
+    Raises ValueError where a caption is none of the sprite world's, or lacks what no earlier shot has said.
+    """
+    frames = [entry["at"] * FPS - first_frame(1) for entry in schedule[1:]]
+    starts, shots = [0, *(round(1 + since / (STRIDE * FRAMES_PER_CHUNK)) for since in frames)], []
+    ends = [min(start, chunks) for start in (*starts[1:], chunks)]
+    for entry, start, end in zip(schedule, starts, ends, strict=True):
+        facts = vars(parse_caption(entry["prompt"]))
+        seen = next((vars(shot.spec) for shot in shots if shot.spec.shape == facts["shape"]), {})
+        facts = {name: seen.get(name) if value is None else value for name, value in facts.items()}
+        if None in facts.values():
+            raise ValueError(f"`{entry['prompt']}` leaves out what no shot before it has said")
+        spec = SpriteSpec(**facts, diameter=math.nan, speed=0.0, start_x=0.0, start_y=0.0, angle=0.0, orbit=0.0)
+        if end > start:
+            shots.append(_next_shot(shots, spec, end - start))
+    return Story(tuple(shots))
+
+
+def _next_shot(shots: list[Shot], spec: SpriteSpec, length: int) -> Shot:
+    """The shot that shows `spec` after `shots`; where these show its character, its colours stay unsaid."""
+    start = sum(shot.chunks for shot in shots)
+    for between, shot in enumerate(reversed(shots)):
+        if shot.spec.shape == spec.shape:
+            spec = replace(spec, say_colour=False, say_background=False)
+            return Shot(spec, start, length, True, start - shot.start - shot.chunks, between)
+    return Shot(spec, start, length, False)
+
+
+def _allowed_cast(rng: np.random.Generator, index: int) -> list[SpriteSpec]:
+    """Training stories show no held-out pair."""
     cast = _draw_cast(rng)
     while index < HELD_OUT_START and any(spec.pair_held_out for spec in cast):
         cast = _draw_cast(rng)
-    shots: list[Shot] = []
-    last_seen: dict[int, tuple[int, int]] = {}  # character -> (chunk after its last shot, number of that shot)
-    who, start = int(rng.integers(len(cast))), 0
-    while start < chunks:
-        length = min(int(rng.integers(shot_chunks[0], shot_chunks[1] + 1)), chunks - start)
-        spec = _draw_shot(rng, cast[who])
-        if who in last_seen:
-            end, number = last_seen[who]
-            spec = replace(spec, say_colour=False, say_background=False)
-            shots.append(Shot(spec, start, length, True, start - end, len(shots) - number - 1))
-        else:
-            shots.append(Shot(spec, start, length, False))
-        start += length
-        last_seen[who] = start, len(shots) - 1
-        who = int(rng.choice([other for other in range(len(cast)) if other != who]))
-    return Story(tuple(shots))
+    return cast
 
 
 def _draw_cast(rng: np.random.Generator) -> list[SpriteSpec]:
@@ -169,17 +228,24 @@ def render_stills(story: Story, height: int = HEIGHT, width: int = WIDTH) -> np.
     return np.concatenate(shots)
 
 
-def score_story(frames: np.ndarray, story: Story) -> list[RecallMark]:
-    """Read every returning shot of a video uint8 [F, H, W, 3] that was made from the story's captions."""
-    marks = []
+def score_story(frames: np.ndarray, story: Story, returning: bool = True) -> list[RecallMark]:
+    """Read every returning shot, or every first one, of a video uint8 [F, H, W, 3] made from the story's captions.
+
+    Size, which no caption says, must be that of the character's first shot in the same video.
+    """
+    marks, sizes = [], {}
     for number, shot in enumerate(story.shots):
-        if not shot.returning or shot.frames.stop > len(frames):
+        if shot.frames.stop > len(frames):
+            break
+        if shot.returning != returning and shot.returning:
             continue
         seen = look(frames[shot.frames.start : shot.frames.stop])
+        size = sizes.setdefault(shot.spec.shape, seen.diameter if seen.present else 0.0)
+        if shot.returning != returning:
+            continue
         for attribute in RECALLED:
             if attribute == "size":
-                wanted = shot.spec.diameter * frames.shape[1]
-                right = seen.present and abs(seen.diameter / wanted - 1) < SIZE_TOLERANCE
+                right = seen.present and abs(seen.diameter - size) < SIZE_TOLERANCE * size
                 marks.append(RecallMark(attribute, bool(right), shot.since, shot.between))
                 continue
             found, wanted = getattr(seen, attribute), getattr(shot.spec, attribute)
@@ -191,9 +257,19 @@ def score_story(frames: np.ndarray, story: Story) -> list[RecallMark]:
 
 
 def _whose(found: str, attribute: str, story: Story, number: int) -> str:
-    if found == getattr(story.shots[number - 1].spec, attribute):
+    if number and found == getattr(story.shots[number - 1].spec, attribute):
         return "last"
     return "cast" if any(found == getattr(shot.spec, attribute) for shot in story.shots[:number]) else "other"
+
+
+def _size_chance() -> float:
+    """Share of random sizes that pass for another random one."""
+    drawn = np.linspace(*DIAMETER, 500)
+    return float((np.abs(drawn[:, None] / drawn - 1) < SIZE_TOLERANCE).mean())
+
+
+# What looks drawn anew would score. A caption says pattern and shape. Whoever takes any of the cast's has a third.
+CHANCE = {"colour": 1 / len(COLOURS), "background": 1 / len(COLOURS), "size": _size_chance()}
 
 
 def recall(marks: Sequence[RecallMark]) -> dict[str, float]:
@@ -207,3 +283,20 @@ def recall(marks: Sequence[RecallMark]) -> dict[str, float]:
             for kind in ("last", "cast", "other"):
                 found[f"{attribute}/{kind}"] = sum(mark.confused == kind for mark in of) / len(of)
     return found
+
+
+def recall_table(marks: Sequence[RecallMark]) -> dict[str, dict[str, dict[str, float]]]:
+    """`recall` and the number of returning `shots`: "all" (under ""), by chunks "since" the character was last seen
+    (upper ends of the buckets), by shots "between". Empty without marks."""
+    if not marks:
+        return {}
+    groups: dict[str, dict[str, list[RecallMark]]] = {"all": {"": list(marks)}, "since": {}, "between": {}}
+    for mark in sorted(marks, key=lambda mark: (mark.since, mark.between)):
+        bucket = next((str(end) for end in SINCE if mark.since <= end), f"over {SINCE[-1]}")
+        groups["since"].setdefault(bucket, []).append(mark)
+    for mark in sorted(marks, key=lambda mark: mark.between):
+        groups["between"].setdefault(str(mark.between), []).append(mark)
+    return {
+        by: {name: {"shots": len(some) // len(RECALLED)} | recall(some) for name, some in group.items()}
+        for by, group in groups.items()
+    }
