@@ -276,3 +276,7 @@ class ChunkContext:
     def attended_mid_tokens(self) -> int:
         """Mid tokens per layer and sample that this chunk attends."""
         return self.num_selected * self.cache.mid_tokens
+
+    def history_tokens(self) -> int:
+        """Tokens per layer and sample that this chunk attends beside itself."""
+        return (len(self.sink) + len(self.recent)) * self.cache.geometry.tokens + self.attended_mid_tokens()

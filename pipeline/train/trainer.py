@@ -24,6 +24,7 @@ from pipeline.train.checkpoints import Checkpoints, read_info, read_into
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.train.state import RoleState
+from pipeline.train.throughput import FlopMeter
 from utils.cli import noted_signals, raise_signal
 from utils.config import Config, ConfigError
 from utils.distributed import World, average, barrier, largest
@@ -116,6 +117,7 @@ class Trainer:
         train = config.train
         self.plan = StepPlan(config, world.size)
         self.sharded = prepare_stage(stage, config, world, device)
+        self.meter = FlopMeter([*stage.modules.values(), *stage.targets.values(), *stage.frozen_modules()], device)
         self.states = {
             role: RoleState(
                 module,
@@ -174,6 +176,7 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 logs |= {"samples_per_s": self.plan.total(self.step - 1) / seconds, "seconds": seconds}
                 logs |= {"samples": self.plan.samples_before(self.step), "peak_gib": _peak_memory(self.device)}
+                logs |= self.meter.step(seconds, self.world.size, train.max_steps - self.step)
                 signal = largest(asked(), self.world)
                 if self.step % train.log_every == 0 or self.step == train.max_steps or signal:
                     self.tracker.log(logs, self.step)
@@ -213,7 +216,7 @@ class Trainer:
         logs: dict[str, float] = {}
         for role in self.stage.roles(self.step):
             with part(role):
-                found = self._update_role(role)
+                found = self.update_role(role)
             logs |= found
             odd = [name for name, value in found.items() if not math.isfinite(value)]
             self.bad_in_a_row[role] = self.bad_in_a_row[role] + 1 if odd else 0
@@ -228,7 +231,7 @@ class Trainer:
                 )
         return logs | {"skipped_steps": self.skipped}
 
-    def _update_role(self, role: str) -> dict[str, float]:
+    def update_role(self, role: str) -> dict[str, float]:
         """Loss, gradient and, where all that is logged of them is finite, the update of a role."""
         state, train = self.states[role], self.config.train
         micros, sums = train.gradient_accumulation, {}
