@@ -132,14 +132,16 @@ class Rollout:
         """Denoising steps of a chunk; its commit is one more forward."""
         return len(self.sampler.steps) if self.sampler.kind == "few_step" else self.sampler.num_steps
 
-    def run(self, num_chunks: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit."""
-        for _ in range(num_chunks):
+    def run(self, num_chunks: int, commit_last: bool = True) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit. Without `commit_last`
+        the last chunk has none: nothing will read it."""
+        for number in range(num_chunks):
             index, context = self.cache.num_chunks, self.cache.context()
             with part("denoise"):
                 latents = self._sample(index, context)
-            with part("commit"):
-                self.commit(latents.detach(), context)
+            if commit_last or number < num_chunks - 1:
+                with part("commit"):
+                    self.commit(latents.detach(), context)
             yield index, latents
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:

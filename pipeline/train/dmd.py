@@ -172,7 +172,8 @@ class DMDStage(GeneratorStage):
                 grad_step=self.exit_step(role, step),
                 grad_from=chunks - trained if role == "generator" else chunks,
             )
-            video = torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)  # [B, C, N, H, W]
+            made = [latents for _, latents in rollout.run(chunks, commit_last=False)]  # [B, C, F, H, W] each
+            video = torch.cat(made, dim=2)  # [B, C, N, H, W]
         expected = self._has_mid and self._reaches_mid(chunks, rollout.cache.geometry)
         if expected and rollout.mid_tokens_attended == 0:
             raise ConfigError(self._inert(chunks))

@@ -88,7 +88,7 @@ class GeneratorStage(Stage):
         train, chunk = self.config.train, self.config.video.frames_per_chunk
         rollout = self.new_rollout(self.config.sampler, prompts, noise)
         chunks = max(train.sample_frames, train.sample_long_frames) // chunk
-        return torch.cat([latents for _, latents in rollout.run(chunks)], dim=2)
+        return torch.cat([latents for _, latents in rollout.run(chunks, commit_last=False)], dim=2)
 
     @torch.no_grad()
     def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:

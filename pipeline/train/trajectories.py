@@ -97,7 +97,7 @@ def sample_trajectories(
     noise = prompt_noise(config.seed, prompts, samples)
     rollout = Rollout(model, cache, sampler, Prompts(embeds[:-1], embeds[-1:]), noise, observe=observe)
     chunks = config.video.trained_frames // config.video.frames_per_chunk
-    latents = torch.cat([chunk.cpu() for _, chunk in rollout.run(chunks)], dim=2)  # [B, C, F, H, W]
+    latents = torch.cat([chunk.cpu() for _, chunk in rollout.run(chunks, commit_last=False)], dim=2)  # [B, C, F, H, W]
     stored = torch.stack([torch.cat(seen[point], dim=2) for point in points], dim=1)  # [B, S, C, F, H, W]
     return {"points": stored, "latents": latents}
 
