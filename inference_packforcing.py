@@ -39,6 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--use_ema", action="store_true", help="read `generator_ema` of a .pt file")
     parser.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA to fuse; repeatable")
+    parser.add_argument("--no_estimate", action="store_true", help="do not ask first whether it fits the GPU")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any setting of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     require_files(config)
     from pipeline.generate.run import run_jobs  # heavy: torch and diffusers, after what can be checked without them
 
-    return run_jobs(config, items, arguments.seconds)
+    return run_jobs(config, items, arguments.seconds, not arguments.no_estimate)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--disable-wandb", action="store_true", help="no tracker, whatever train.tracker says")
     parser.add_argument("--no_save", action="store_true", help="write no checkpoint and no bundle")
     parser.add_argument("--no_visualize", action="store_true", help="write no sample videos")
+    parser.add_argument("--no_estimate", action="store_true", help="do not ask first whether it fits the GPU")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.max_steps=100")
     return parser.parse_intermixed_args(arguments)
 
@@ -62,6 +63,7 @@ def train(arguments: argparse.Namespace) -> None:
     config, logdir = configure(arguments)
     import torch  # heavy, like what follows: after what can be checked without them
 
+    from pipeline.fit import check_memory
     from pipeline.train.checks import check_run
     from pipeline.train.stages import build_stage
     from pipeline.train.trainer import Trainer
@@ -71,6 +73,8 @@ def train(arguments: argparse.Namespace) -> None:
     save = not arguments.no_save
     with rank() as (device, world):
         check_run(config, world, logdir, save)
+        if not arguments.no_estimate:
+            check_memory(config, "train", world, device)
         make_logdir(logdir)
         with locked(logdir, "train.logdir") if world.is_main else nullcontext():
             barrier(world)  # the others go on only once the folder is the first rank's

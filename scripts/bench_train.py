@@ -14,8 +14,8 @@ With `model.random_init` no file is needed but the config: weights are random in
 names, both scores likewise (or as `dmd.teacher`/config.json and `dmd.critic`/config.json say, where these exist), and
 random prompt embeddings stand for a text encoder. Prints a table, then one line of JSON.
 
-Tokens are those that go through the network in a part: chunks x (steps + commit) in the rollout; cond and uncond for
-the real score. Memory is the peak of GPU memory during the part, on a CPU that of the process.
+Tokens are those that go through the network in a part: chunks x (steps + commit) less the last commit in the rollout;
+cond and uncond for the real score. Memory is the peak of GPU memory during the part, on a CPU that of the process.
 """
 
 import argparse
@@ -34,19 +34,14 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan
 
 from model.geometry import WAN_PATCH_SIZE
-from pipeline.bundle import transformer_settings
-from pipeline.data.prompts import fixed_prompts
-from pipeline.data.text import EmbeddingWriter
 from pipeline.train.dmd import DMDStage
 from pipeline.train.trainer import Trainer
+from scripts.stand_ins import stand_ins
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
 from utils.load_config import load_config
-from utils.rng import keyed_randn
 from utils.timing import Stopwatch, device_name, peak_memory
 
 ROLES = ("critic", "generator")
@@ -54,37 +49,6 @@ ROLES = ("critic", "generator")
 IN_LOSS = ("text", "rollout", "real_score", "fake_score")
 AFTER_LOSS = ("backward", "optimizer")
 FORWARDS = "rollout_forwards"  # inside the rollout
-
-
-def stand_ins(config: Config, folder: Path) -> Config:
-    """The config with what takes the place of every file it names: VAE, prompts and their embeddings, in `folder`."""
-    settings, data, dmd = transformer_settings(config), config.data, config.dmd
-    vae = {"z_dim": config.model.in_channels, "latents_mean": [0.0] * config.model.in_channels,
-           "latents_std": [1.0] * config.model.in_channels}  # fmt: skip
-    if dmd.max_rollout_frames not in (None, config.video.trained_frames):
-        AutoencoderKLWan(**vae).save_pretrained(folder / "vae")  # re-encodes the first frame of a window
-    else:
-        with init_empty_weights():
-            AutoencoderKLWan(**vae).save_config(folder / "vae")
-    prompts = [f"prompt {number}" for number in range(8)]
-    (folder / "prompts.txt").write_text("\n".join(prompts))
-    everything = list(dict.fromkeys(fixed_prompts(config) + prompts))
-    rows = [keyed_randn((settings["text_len"], settings["text_dim"]), prompt) for prompt in everything]
-    EmbeddingWriter(folder / "text", "random", settings["text_len"], settings["text_dim"], World()).write(
-        0, everything, rows
-    )
-    shapes = {
-        name: path if path is not None and (Path(path) / "config.json").is_file() else None
-        for name, path in (("teacher", dmd.teacher), ("critic", dmd.critic))
-    }
-    return replace(
-        config,
-        model=replace(config.model, bundle=None, checkpoint=None),
-        train=replace(config.train, text_from=None),
-        data=replace(data, kind="prompts", path=str(folder / "prompts.txt"), vae=str(folder / "vae"),
-                     text_embeddings=str(folder / "text")),
-        dmd=replace(dmd, **shapes),
-    )  # fmt: skip
 
 
 @dataclass

@@ -12,6 +12,7 @@ import transformers
 from pipeline.bundle import VAEShape, check_bundle, vae_shape
 from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import timeline
+from pipeline.fit import check_memory
 from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, resolve_runtime, weight_hashes
 from pipeline.generate.jobs import check_output_folder, is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
@@ -38,8 +39,11 @@ def latent_frames(seconds: float, config: Config, vae: VAEShape) -> int:
     return frames
 
 
-def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> int:
-    """Make what is missing; returns the exit status. Raises `ConfigError` for what is found wrong before that."""
+def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, estimate: bool = True) -> int:
+    """Make what is missing; returns the exit status. Raises `ConfigError` for what is found wrong before that.
+
+    `estimate`: ask first whether it fits the GPU.
+    """
     _quiet_libraries()
     SAMPLERS[config.sampler.kind]  # an unknown one shows here
     check_bundle(config)
@@ -52,6 +56,8 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None) -> 
 
     world = join_world(runtime.device, timeout=LONGEST)
     try:
+        if estimate:
+            check_memory(config, "infer", world, runtime.device)
         with locked(folder, "output folder") if world.is_main else nullcontext():
             barrier(world)  # the others write only once the folder is the first rank's
             weights = weight_hashes(config)

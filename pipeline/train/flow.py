@@ -142,7 +142,8 @@ def mean_weights(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
     """Mean over the masked rows; the mean over all where there is none, so that it can be averaged over ranks."""
-    return (errors[mask] if mask.any() else errors).mean().item()
+    count = mask.sum()
+    return torch.where(count > 0, (errors * mask).sum() / count.clamp_min(1), errors.mean()).item()
 
 
 @method("teacher")

@@ -13,6 +13,7 @@ import torch
 
 from model.schedule import FlowMatchSchedule
 from pipeline.data.clips import place_of
+from pipeline.train.flow import mean_where
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
@@ -76,6 +77,5 @@ class ODEStage(GeneratorStage):
         errors = (x0 - latents).square().unflatten(2, (-1, chunk)).mean(dim=(1, 3, 4, 5))  # [B, G]
         logs = {}
         for i, value in enumerate(self.steps.tolist()):
-            chosen = errors[pick == i] if (pick == i).any() else errors
-            logs[f"mse_{value:.0f}"] = chosen.mean().item()
+            logs[f"mse_{value:.0f}"] = mean_where(errors, pick == i)
         return errors.mean(), logs

@@ -1,0 +1,188 @@
+"""Memory, FLOPs, traffic and time of a config on GPUs that need not be there: the project's own code at full size, on a
+fake CUDA device with fake tensors and a fake process group.
+
+    python -m scripts.estimate --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml --world 8
+    python -m scripts.estimate --config_path C --world 64 --local 8      # eight machines
+    python -m scripts.estimate --config_path C --part infer --device 4090 cache.top_k=4
+
+Parts: `train` (an update of every role, rollouts to the last denoising step), `infer` (prompt, a chunk once the cache
+is full, its pixels), `sample` (the sample videos of training), `text` (UMT5-XXL). Default: what the config is for,
+`train` where it names a stage.
+
+Models deeper than nine layers are run at a tenth and at two tenths of their depth, and everything is extended along a
+line; --exact runs all layers (minutes). No file that the config names is needed.
+
+Memory is per rank, without CUDA context, NCCL buffers and fragmentation: --reserve GiB stand for these. Times are FLOPs
+and bytes over the rates that a device sustains (--matmul, --attention: TFLOP/s; --bandwidth: TB/s; --link: GB/s), added
+up; collectives overlap with them. A table, then one line of JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from utils.cli import answer_typos, run_command
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    answer_typos()
+
+from utils.config import Config
+from utils.distributed import World
+from utils.fakecuda.device import ensure
+from utils.load_config import load_config
+
+GIB, EXTENDED = 2**30, 10  # layers from which depth is extended
+FIXED = ("weights", "state")  # does not grow with the batch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Usable memory in GiB, and rates that good kernels sustain: about 0.65 of the dense bf16 peak in matmuls, 0.45 in
+    attention (forward and backward), 0.8 of the memory's and of the link's bandwidth."""
+
+    memory: float
+    matmul: float  # TFLOP/s
+    attention: float
+    bandwidth: float  # TB/s
+    link: float  # GB/s between the ranks of a machine
+
+
+DEVICES = {
+    "h100": Device(79.1, 640, 445, 2.7, 360),
+    "h200": Device(139.8, 640, 445, 3.8, 360),
+    "a100": Device(79.1, 200, 140, 1.6, 240),
+    "4090": Device(23.5, 107, 74, 0.8, 20),
+}
+
+
+def measure(config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None) -> list:
+    """`Phase`s of a part at full depth, or with at most `most_layers`."""
+    from scripts import estimate_parts as parts
+    from scripts.stand_ins import at_depth, shallow, transformer_settings
+    from utils.fakecuda.count import Counts
+    from utils.fakecuda.device import fake_device
+
+    layers = transformer_settings(config)["num_layers"]
+    depths = [most_layers] if exact or most_layers or layers < EXTENDED else [0.1, 0.2]
+    found, counts = [], Counts(parts.PARTS)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder, str(depth)) for depth in depths]
+        ready = [at_depth(config, place, depth) for place, depth in zip(folders, depths, strict=True)]
+        with fake_device(counts, world.size) as mode, parts.on_fake_models(mode):
+            for small, place in zip(ready, folders, strict=True):
+                found.append(list(parts.RUNS[part](small, mode, world, place)))
+                counts.forget()
+    if len(found) == 1:
+        return found[0]
+    one, two = (shallow(layers, depth) for depth in depths)
+    factor = (layers - one) / (two - one)
+    return [parts.Phase.between(a, b, factor) for a, b in zip(*found, strict=True)]
+
+
+def exits_mean(config: Config, label: str) -> float:
+    """Rollouts run to the last step here, to a random one in training: share of a rollout's work that is done."""
+    steps = len(config.sampler.steps)
+    return (steps + 1) / 2 / steps if label.endswith("/denoise") else 1.0
+
+
+def summary(config: Config, part: str, phases: list, device: Device, reserve: float) -> dict:
+    """What the table and the JSON line show."""
+    rows = []
+    for phase in phases:
+        share = {label: exits_mean(config, label) if part == "train" else 1.0 for label in
+                 {*phase.moved, *(x for kind in phase.flops.values() for x in kind)}}  # fmt: skip
+
+        def total(values, share=share):
+            return sum(share[label] * value for label, value in values.items())
+
+        matmul, attention = (total(phase.flops.get(kind, {})) for kind in ("matmul", "attention"))
+        seconds = {"matmul": matmul / device.matmul / 1e12, "attention": attention / device.attention / 1e12,
+                   "elementwise": total(phase.moved) / device.bandwidth / 1e12}  # fmt: skip
+        link = sum(size for _, size in phase.comm.values()) / device.link / 1e9
+        memory = sum(phase.peak.values())
+        rows.append({
+            "phase": phase.name, "memory_gib": memory / GIB, "parts_gib": _grouped(phase.peak),
+            "seconds": max(sum(seconds.values()), link), "seconds_by": seconds | {"collectives": link},
+            "tflop": matmul / 1e12 + attention / 1e12, "elementwise_tb": total(phase.moved) / 1e12, **asdict(phase),
+        })  # fmt: skip
+    highest = max(rows, key=lambda row: row["memory_gib"])
+    fixed = sum(highest["parts_gib"].get(name, 0) for name in FIXED)
+    room = device.memory - reserve
+    growing = (highest["memory_gib"] - fixed) / (config.train.batch_size if part == "train" else 1)
+    found = {"memory_gib": highest["memory_gib"], "fits": highest["memory_gib"] <= room,
+             "largest_batch": max(0, int((room - fixed) / growing)), "phases": rows}  # fmt: skip
+    if part == "train":
+        micros, updates = config.train.gradient_accumulation, config.dmd.critic_updates
+        often = {"generator": 1 / updates if config.train.stage == "dmd" else 1}
+        found["seconds_per_step"] = micros * sum(often.get(row["phase"], 1) * row["seconds"] for row in rows)
+    return found
+
+
+def _grouped(peak: dict[str, float]) -> dict[str, float]:
+    """GiB by part: labels without their role; what is no part of its own is called activations."""
+    groups: dict[str, float] = {}
+    for label, size in peak.items():
+        name = label.split("/")[-1]
+        name = name if name in (*FIXED, "cache", "optimizer", "text", "vae") else "activations"
+        groups[name] = groups.get(name, 0.0) + size / GIB
+    return groups
+
+
+def print_table(found: dict, device: Device) -> None:
+    for row in found["phases"]:
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in sorted(row["parts_gib"].items(), key=lambda x: -x[1])
+                          if size >= 0.005)  # fmt: skip
+        seconds = ", ".join(f"{name} {value:.2f}" for name, value in row["seconds_by"].items())
+        print(f"\n{row['phase']}: {row['memory_gib']:.2f} GiB ({parts}); {row['seconds']:.2f} s ({seconds})")
+        print(f"  {'part':<24}{'matmul TF':>11}{'attention TF':>14}{'elementwise GB':>16}{'syncs':>7}")
+        labels = sorted({*row["moved"], *(x for kind in row["flops"].values() for x in kind)})
+        for label in labels:
+            matmul, attention = (row["flops"].get(kind, {}).get(label, 0) / 1e12 for kind in ("matmul", "attention"))
+            moved, syncs = row["moved"].get(label, 0) / 1e9, row["syncs"].get(label, 0)
+            print(f"  {label:<24}{matmul:>11.2f}{attention:>14.2f}{moved:>16.2f}{syncs:>7.0f}")
+        most = sorted(row["by_operation"].items(), key=lambda x: -x[1])[:8]
+        print("  elementwise, GB by operation: " + ", ".join(f"{name} {size / 1e9:.1f}" for name, size in most))
+        if row["comm"]:
+            comm = (f"{name} {calls:.0f} calls, {size / 1e9:.2f} GB" for name, (calls, size) in row["comm"].items())
+            print("  collectives: " + ", ".join(comm))
+    fits = "fits" if found["fits"] else "DOES NOT FIT"
+    print(f"\n{found['memory_gib']:.1f} GiB of {device.memory:.1f}: {fits}; largest batch {found['largest_batch']}")
+    if "seconds_per_step" in found:
+        print(f"{found['seconds_per_step']:.2f} s a step, mean over the steps at which rollouts stop")
+    print()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config_path, arguments.overrides)
+    rates = {name: getattr(arguments, name) for name in ("matmul", "attention", "bandwidth", "link", "memory")}
+    device = replace(DEVICES[arguments.device], **{k: v for k, v in rates.items() if v is not None})
+    part = arguments.part or ("infer" if config.train.stage is None else "train")
+    world = World(0, arguments.world, min(arguments.local or arguments.world, arguments.world))
+    found = summary(config, part, measure(config, part, world, arguments.exact), device, arguments.reserve)
+    print_table(found, device)
+    print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, "part": part,
+                      "world": world.size, "device": arguments.device, **asdict(device), **found}))  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True)
+    parser.add_argument("--world", type=int, default=1, help="ranks")
+    parser.add_argument("--local", type=int, help="ranks a machine; default all")
+    parser.add_argument("--part", choices=["train", "infer", "sample", "text"])
+    parser.add_argument("--device", choices=DEVICES, default="h100")
+    for name in ("matmul", "attention", "bandwidth", "link", "memory"):
+        parser.add_argument(f"--{name}", type=float, help="in place of the device's")
+    parser.add_argument("--reserve", type=float, default=3.0, help="GiB that the counted memory leaves out")
+    parser.add_argument("--exact", action="store_true", help="all layers")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args(argv)
+    ensure("scripts.estimate", sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""What `scripts/estimate.py` runs: the project's own stages, trainer, rollout and text encoder on a fake GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
+from pathlib import Path
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import UMT5Config, UMT5EncoderModel
+
+from model import attention
+from model.cache import selection
+from model.cache.cache import PackCache
+from model.causal_wan import CausalWanModel
+from pipeline.bundle import load_transformer, place, vae_shape_of
+from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.text import encode_tokens
+from pipeline.train.parallel import shard_model, sharding_mesh
+from pipeline.train.roles import latent_size
+from pipeline.train.stages import build_stage
+from pipeline.train.trainer import Trainer
+from utils.config import CacheKind, Config
+from utils.distributed import World
+from utils.fakecuda.count import Counts, OnDevice
+from utils.rng import keyed_randn
+from utils.timing import part, timed
+from utils.tracking import Tracker
+
+DEVICE = torch.device("cuda", 0)
+PARTS = {"weights", "state", "text", "denoise", "commit", "cache", "real_score", "fake_score", "backward", "optimizer",
+         "vae"}  # fmt: skip
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+            "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}  # fmt: skip
+STEADY = 2  # chunks of inference counted once the cache is full
+
+
+@dataclass
+class Phase:
+    """What was counted in a stretch of the run, on one rank."""
+
+    name: str
+    highest: dict[str, dict[str, float]]  # label -> bytes by label of allocation, at the highest point under it
+    flops: dict[str, dict[str, float]]  # kind -> label -> FLOPs
+    moved: dict[str, float]  # label -> bytes of what is neither matmul nor attention
+    by_operation: dict[str, float]
+    comm: dict[str, list[float]]  # kind -> [calls, bytes]
+    syncs: dict[str, float]
+    more: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, counts: Counts) -> "Phase":
+        made = cls(
+            name,
+            {label: held for label, (_, held) in counts.highest.items()},
+            {kind: dict(found) for kind, found in counts.flops.items()},
+            dict(counts.moved),
+            dict(counts.by_operation),
+            {kind: list(found) for kind, found in counts.comm.items()},
+            dict(counts.syncs),
+            {"operations": counts.calls, "pinned": counts.pinned},
+        )
+        counts.new_phase()
+        return made
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """Bytes by label of allocation at the highest point."""
+        return max(self.highest.values(), key=lambda held: sum(held.values()))
+
+    @classmethod
+    def between(cls, one: "Phase", two: "Phase", factor: float) -> "Phase":
+        """one + factor x (two - one), number by number: what depth `1 + factor` has, of depths one and two."""
+
+        def line(a, b):
+            if isinstance(a or b, dict):
+                return {key: line((a or {}).get(key), (b or {}).get(key)) for key in {**(a or {}), **(b or {})}}
+            if isinstance(a or b, list):
+                return [line(x, y) for x, y in zip(a or [0, 0], b or [0, 0], strict=True)]
+            return (a or 0) + factor * ((b or 0) - (a or 0))
+
+        numbers = {key: line(value, asdict(two)[key]) for key, value in asdict(one).items() if key != "name"}
+        return cls(one.name, **numbers)
+
+
+@contextmanager
+def on_fake_models(mode: OnDevice) -> Iterator[None]:
+    """Models are built fake; what reads values of scores or compiles a mask has a stand-in."""
+    kinds = CausalWanModel, WanTransformer3DModel, UMT5EncoderModel, AutoencoderKLWan
+    replaced = [(kind, "__init__", _built_fake(kind.__init__, mode)) for kind in kinds]
+    replaced += [
+        (selection, "top_chunks", _last_chunks),
+        (attention, "create_block_mask", _block_mask(mode.counts)),
+        (attention, "_compiled_flex", _flex),
+        (PackCache, "commit", timed("cache")(PackCache.commit)),
+    ]
+    with ExitStack() as stack:
+        stack.callback(attention.clip_mask.cache_clear)  # made of fake tensors
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def _built_fake(init: Callable, mode: OnDevice) -> Callable:
+    @wraps(init)
+    def build(*args, **kwargs):
+        with mode.building():
+            init(*args, **kwargs)
+
+    return build
+
+
+def _last_chunks(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Which chunks score best has no value here; the device's work is done."""
+    if scores.is_cuda:
+        scores.topk(top_k, dim=1).indices.sort(dim=1).values.cpu()
+    return torch.arange(scores.shape[1] - top_k, scores.shape[1]).expand(scores.shape[0], -1)
+
+
+def _block_mask(counts: Counts) -> Callable:
+    def create(sees, batch, heads, queries, keys, **_):
+        with unset_fake_temporarily():
+            at = torch.arange(0, queries, max(1, queries // 2048))
+            counts.density[queries, keys] = sees(None, None, at[:, None], at[None]).float().mean().item()
+        return attention.BlockMask.from_kv_blocks(torch.ones(1, 1, 1, dtype=torch.int32),
+                                                  torch.zeros(1, 1, 1, 1, dtype=torch.int32))  # fmt: skip
+
+    return create
+
+
+def _flex() -> Callable:
+    """Flex attention's cost is a flash kernel's over what the mask leaves."""
+    return lambda q, k, v, block_mask: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+# The parts
+
+
+def in_training(config: Config, counts: Counts, world: World, folder: Path) -> Trainer:
+    """The stage placed and sharded, in mid-run: moments and EMA are there."""
+    with part("weights"):
+        stage = build_stage(config, DEVICE, world)
+        nowhere = Tracker(folder, None, "", {}, False)
+        trainer = Trainer(config, stage, world, folder / "run", nowhere, DEVICE, save=False, visualize=False)
+    with part("state"):
+        for state in trainer.states.values():
+            state.allocate(True, state.ema_start is not None)
+    counts.new_phase()
+    return trainer
+
+
+def train(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
+    """One update of every role, its rollouts as long as they get."""
+    trainer = in_training(config, mode.counts, world, folder)
+    stage = trainer.stage
+    if config.train.stage == "dmd":
+        last = len(config.sampler.steps) - 1
+        stage.exit_step = lambda role, step: last
+        stage.num_chunks = lambda role, step: stage.max_chunks
+        mode.counts.watch_module(stage.teacher, "real_score")
+        mode.counts.watch_module(stage.critic, "fake_score")
+    for role in stage.modules:
+        with part(role):
+            trainer.update_role(role)
+        yield Phase.of(role, mode.counts)
+
+
+def sample(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
+    """The sample videos of training: rollout by the EMA's weights, then the VAE."""
+    trainer = in_training(config, mode.counts, world, folder)
+    stage = trainer.stage
+    phases = []
+
+    def decode(folder, prompts, latents, vae, fps):
+        phases.append(Phase.of(f"{latents.shape[2]} latent frames", mode.counts))
+        with part("vae"):
+            StreamingDecoder(vae).decode(latents[:1])
+        phases.append(Phase.of("decoded", mode.counts))
+        return {}
+
+    stage.vae = lambda: AutoencoderKLWan.from_config(stage.vae_folder).eval().to(DEVICE)
+    with mock.patch("pipeline.train.generator.write_samples", decode):
+        stage.sample(0, folder / "samples", trainer.ema())
+    yield from phases
+
+
+def text(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
+    """UMT5-XXL in shards (`train.text_placement=sharded`), or whole on one rank, and one prompt."""
+    with part("weights"):
+        encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(torch.bfloat16).eval().requires_grad_(False)
+        if (mesh := sharding_mesh(config, world, DEVICE)) is not None:
+            shard_model(encoder, mesh, config.train.mixed_precision)
+    ids = torch.zeros(1, config.model.text_len, dtype=torch.long, device=DEVICE)
+    mode.counts.new_phase()
+    with torch.no_grad(), part("text"):
+        encode_tokens(encoder, ids, torch.ones_like(ids))
+    yield Phase.of("one prompt encoded", mode.counts)
+
+
+def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
+    """Prompts, then chunks up to a full cache, then a chunk's pixels."""
+    with part("weights"):
+        model = place(load_transformer(config), DEVICE, torch.bfloat16)
+        with mode.building():
+            vae = AutoencoderKLWan.from_config(folder / "vae").to(torch.bfloat16).eval()
+    if config.model.text_dim == UMT5_XXL["d_model"]:
+        with part("text"), torch.no_grad():
+            encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(torch.bfloat16).eval()
+            ids = torch.zeros(1, config.model.text_len, dtype=torch.long, device=DEVICE)
+            mode.counts.new_phase()
+            encode_tokens(encoder, ids, torch.ones_like(ids))
+            del encoder
+        yield Phase.of("prompt", mode.counts)
+    video = config.video
+    size = latent_size(config, vae_shape_of(folder / "vae").spatial_stride)
+    cache = PackCache.for_model(model, config.cache, *size, video.trained_frames)
+    embeds = torch.zeros(1, model.config.text_len, model.config.text_dim, device=DEVICE, dtype=torch.bfloat16)
+    prompts = Prompts(embeds, embeds if config.sampler.guidance != 1 else None)
+    rollout = Rollout(model, cache, config.sampler, prompts, lambda *key: keyed_randn(key[-1], *key[:2])[None])
+    layout = cache.layout
+    chunks = layout.sink + layout.recent + layout.top_k + STEADY
+    if config.cache.kind == CacheKind.full:
+        chunks = config.inference.num_output_frames // video.frames_per_chunk
+    with torch.no_grad():
+        rollout.sampler = replace(config.sampler, kind="few_step", steps=config.sampler.steps[-1:])
+        for _ in rollout.run(chunks - 1):  # one step each: only the last chunk's cost is asked for
+            pass
+        rollout.sampler = config.sampler
+        mode.counts.new_phase()
+        ((_, latents),) = rollout.run(1)
+        phase = Phase.of("chunk", mode.counts)
+        report = cache.report()
+        attended = sum(report[name]["bytes"] for name in ("sink", "mid", "recent"))
+        phase.more |= {"attended_bytes": attended, "chunks": chunks}
+        yield phase
+        with part("vae"):
+            decoder = StreamingDecoder(vae)
+            for _ in range(2):  # the first latent frame of a video is another case
+                mode.counts.new_phase()
+                decoder.decode(latents)
+        yield Phase.of("decode", mode.counts)
+
+
+RUNS: dict[str, Callable[..., Iterator[Phase]]] = {"train": train, "sample": sample, "text": text, "infer": infer}

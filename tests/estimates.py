@@ -1,0 +1,45 @@
+"""Estimates of the shipped configs with two layers, to compare with those in tests/data/estimates.json.
+
+    python -m tests.estimates configs/a.yaml configs/b.yaml   # prints JSON: config -> part -> GiB
+    python -m tests.estimates --write                         # all shipped configs, into the file
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from utils.distributed import World
+from utils.fakecuda.device import ensure
+from utils.load_config import load_config
+
+LAYERS, STORED = 2, Path(__file__).parent / "data" / "estimates.json"
+CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml") if "base" not in path.name)
+CONFIGS = [path for path in CONFIGS if not path.endswith(("world.yaml", "generator.yaml"))]
+
+
+def estimate(path: str) -> dict[str, float]:
+    from scripts.estimate import GIB, measure
+
+    config = load_config(path)
+    total = config.train.total_batch_size or 2
+    world = World(0, total // config.train.batch_size // config.train.gradient_accumulation or 1, 8)
+    found = {}
+    for part in ("train", "infer") if config.train.stage is not None else ("infer",):
+        if part == "infer" and config.train.stage not in (None, "dmd"):
+            continue
+        for phase in measure(config, part, world, most_layers=LAYERS):
+            found[f"{part}/{phase.name}"] = round(sum(phase.peak.values()) / GIB, 4)
+    return found
+
+
+if __name__ == "__main__":
+    ensure("tests.estimates", sys.argv[1:])
+    paths = CONFIGS if sys.argv[1:] == ["--write"] else sys.argv[1:]
+    estimates = {}
+    for path in paths:
+        estimates[path] = estimate(path)
+        print(path, estimates[path], file=sys.stderr, flush=True)
+    if sys.argv[1:] == ["--write"]:
+        STORED.write_text(json.dumps(estimates, indent=1) + "\n")
+    else:
+        print(json.dumps(estimates))
