@@ -83,11 +83,11 @@ def read_weights(path: str | Path, use_ema: bool = False) -> dict[str, torch.Ten
     else:
         if use_ema:
             raise CheckpointError(f"checkpoint {path} has no entry `generator_ema`: --use_ema needs a .pt file")
-        raw = {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+        raw = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
     return _diffusers_names(raw, path)
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

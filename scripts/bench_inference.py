@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 from utils.cli import answer_typos, run_command
@@ -24,15 +25,17 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
 from model.attention import attend
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import vae_shape
-from pipeline.generate.inference import load_model, resolve_runtime
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from model.schedule import WAN_SHIFT
+from pipeline.bundle import load_scheduler, load_vae
+from pipeline.generate.inference import Runtime, load_model, resolve_runtime
+from pipeline.generate.pipeline import PackForcingPipeline
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
@@ -81,23 +84,26 @@ def fill(rollout: Rollout) -> None:
         rollout.commit(latents.to(rollout.device))
 
 
-def new_decoder(config: Config, device: torch.device, dtype: torch.dtype) -> StreamingDecoder:
-    """Of the bundle's VAE, or of Wan's with random weights."""
+def pipeline_of(config: Config, runtime: Runtime) -> PackForcingPipeline:
+    """Without a text encoder; where there is no bundle, with a VAE of random weights."""
+    model = load_model(config, runtime)
     if config.model.bundle is None:
-        vae = AutoencoderKLWan()
+        vae, scheduler = AutoencoderKLWan().to(runtime.device, runtime.dtype).eval(), FlowMatchEulerDiscreteScheduler()
+        config.sampler.shift = config.sampler.shift or WAN_SHIFT
     else:
-        vae = AutoencoderKLWan.from_pretrained(config.model.bundle, subfolder="vae")
-    return StreamingDecoder(vae.to(device, dtype).eval())
+        vae, scheduler = load_vae(config, runtime.device, runtime.dtype), load_scheduler(config)
+    sections = {name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")}
+    return PackForcingPipeline(None, None, vae, scheduler, model, **sections)
 
 
-def vae_seconds(decoder: StreamingDecoder, device: torch.device, latents: torch.Tensor, chunks: int) -> float:
+def vae_seconds(vae: AutoencoderKLWan, latents: torch.Tensor, chunks: int) -> float:
     """Median seconds to decode one chunk, the first (which yields fewer frames) left out."""
-    times = []
+    decoder, times = StreamingDecoder(vae), []
     for _ in tqdm(range(chunks + 1), desc="vae", leave=False):
-        synchronise(device)
+        synchronise(latents.device)
         start = time.perf_counter()
         decoder.decode(latents)
-        synchronise(device)
+        synchronise(latents.device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
@@ -124,16 +130,13 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     """Time `chunks` chunks with the cache full; see the module's docstring."""
     runtime = resolve_runtime(config)
     device, dtype = runtime.device, runtime.dtype
-    model = load_model(config, runtime)
-    stride = 8 if config.model.bundle is None else vae_shape(config).spatial_stride
-    height, width = config.video.height // stride, config.video.width // stride
-    cache = PackCache.for_model(model, config.cache, height, width, config.video.trained_frames)
-    words = min(8, model.config.text_len)
-    embeds = torch.randn(1, words, model.config.text_dim, device=device, dtype=dtype)
-    prompts = Prompts(embeds, torch.zeros_like(embeds))
-    decoder = new_decoder(config, device, dtype) if cache.needs_pixels else None
-    noise = prompt_noise(config.seed, ["bench"], [0])
-    rollout = Rollout(model, cache, config.sampler, prompts, noise, decoder=decoder)
+    pipe = pipeline_of(config, runtime)
+    model, width = pipe.transformer, pipe.transformer.config.text_dim
+    embeds = torch.randn(1, min(8, model.config.text_len), width, device=device, dtype=dtype)
+    rollout = pipe.rollout(
+        prompt_embeds=embeds, negative_prompt_embeds=torch.zeros_like(embeds), seed=config.seed, output_type="latent"
+    )
+    cache = rollout.cache
     fill(rollout)
     chunk_times, ratios, parts = [], [], defaultdict(list)
     generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
@@ -155,9 +158,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
             bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
 
     seconds = {name: statistics.median(values) for name, values in parts.items()}
-    seconds["vae"] = None
-    if vae_chunks:
-        seconds["vae"] = vae_seconds(new_decoder(config, device, dtype), device, latents.to(device), vae_chunks)
+    seconds["vae"] = vae_seconds(pipe.vae, latents.to(device), vae_chunks) if vae_chunks else None
     seconds["encode"] = text_seconds(config, device)
     frames = config.video.frames_per_chunk * 4
     chunk_seconds = statistics.median(chunk_times)

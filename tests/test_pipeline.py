@@ -20,9 +20,11 @@ from diffusers import (
 )
 from diffusers.hooks import apply_layer_skip
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from model.cache.cache import PackCache
 from model.convert import diffusers_to_wan
+from model.weights import CheckpointError
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
@@ -207,7 +209,7 @@ def test_a_layer_left_out_of_a_commit_is_an_error(pipe):
         ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt is 1.5: must be a positive whole number"),
         ({"negative_prompt_embeds": torch.zeros(1, 2, 7)}, "negative_prompt_embeds is .1, 2, 7.: must be .*, 16"),
         ({"output_type": "gif"}, "output_type is gif: expected one of pil"),
-        ({"cache": {"top": 1}}, "cache.top"),
+        ({"cache": {"top": 1}}, "settings .cache.: .* Did you mean: 'top_k'"),
         ({"prompt_embeds": torch.zeros(1, 2, 16)}, "prompt and prompt_embeds"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
@@ -227,7 +229,7 @@ def test_saved_and_loaded_it_makes_the_same_video(pipe, tmp_path):
 def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     path = tmp_path / "other" / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": 9.0}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"shift": 9.0}))
     settings = {"cache": CACHE, "video": VIDEO}
     wanted = pipe(PROMPT, num_frames=13).frames
     other = PackForcingPipeline.from_pretrained(tmp_path / "other", sampler=SAMPLER, **settings)
@@ -241,7 +243,7 @@ def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, fo
         pipe(PROMPT, num_frames=13)
 
 
-def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, tmp_path):
+def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, folder, tmp_path):
     pipe.save_pretrained(tmp_path)
     known = {"num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
              "freq_dim", "ffn_dim"}  # fmt: skip
@@ -249,7 +251,7 @@ def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, tmp_path):
     wan.load_state_dict({k: v for k, v in pipe.transformer.state_dict().items() if "pack_compressor" not in k})
     shutil.rmtree(tmp_path / "transformer")
     wan.save_pretrained(tmp_path / "transformer")
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
     index |= {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     index |= {"scheduler": ["diffusers", "UniPCMultistepScheduler"]}
     for name in ("cache", "sampler", "video"):
@@ -261,6 +263,19 @@ def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, tmp_path):
     plain = PackForcingPipeline.from_pretrained(tmp_path)
     assert plain.transformer.pack_compressor is None and plain.sampler_config.shift == 3.0
     assert plain(PROMPT, num_frames=13, height=32, width=48).frames.std() > 0.001
+    wanted = pipe(PROMPT, num_frames=13).frames
+    names = {name: f"model.{diffusers_to_wan(name)}" for name in pipe.transformer.state_dict()}
+    other = {names[name]: tensor + 1 for name, tensor in pipe.transformer.state_dict().items()}
+    averaged = {names[name]: tensor for name, tensor in pipe.transformer.state_dict().items()}
+    torch.save({"generator": other, "generator_ema": averaged}, tmp_path / "model.pt")
+    settings = {"cache": CACHE, "sampler": SAMPLER, "video": VIDEO}
+    distilled = PackForcingPipeline.from_pretrained(tmp_path, tmp_path / "model.pt", use_ema=True, **settings)
+    own = distilled.transformer.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
+    distilled = PackForcingPipeline.from_pretrained(folder, tmp_path / "model.pt", use_ema=True, **settings)
+    assert np.abs(distilled(PROMPT, num_frames=13).frames - wanted).max() < 1e-5
+    with pytest.raises(CheckpointError, match="does not exist"):
+        PackForcingPipeline.from_pretrained(tmp_path, tmp_path / "none.pt")
 
 
 def test_tiled_decoding_is_the_librarys(pipe):
@@ -300,12 +315,21 @@ def lora_weights(pipe):
     return {name.replace(".made.", "."): value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "wan", "longlive"])
+@pytest.mark.parametrize("layout", ["diffusers", "wan", "bare_wan", "longlive", "peft"])
 def test_lora_of_every_layout_changes_the_video_alike(pipe, tmp_path, layout):
     plain = pipe(PROMPT, num_frames=5).frames
     weights = lora_weights(pipe)
     source = {f"transformer.{name}": value for name, value in weights.items()}
-    if layout != "diffusers":
+    if layout == "bare_wan":
+        source = {diffusers_to_wan(f"{name.split('.lora_')[0]}.weight").removesuffix("weight") + "lora_" +
+                  name.split(".lora_")[1]: value for name, value in weights.items()}  # fmt: skip
+    elif layout == "peft":
+        halved = {f"base_model.model.{name}": value * 0.5 ** name.count("lora_B") for name, value in weights.items()}
+        save_file(halved, tmp_path / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        source = tmp_path
+    elif layout != "diffusers":
 
         def wan(name):
             layer, _, rest = name.partition(".lora_")
@@ -318,6 +342,10 @@ def test_lora_of_every_layout_changes_the_video_alike(pipe, tmp_path, layout):
         torch.save({"generator_lora": {names[k]: v for k, v in source.items()}}, tmp_path / "lora.pt")
         source = tmp_path / "lora.pt"
     pipe.load_lora_weights(source, adapter_name="style")
+    own = {name: value for name, value in pipe.transformer.state_dict().items() if ".lora_" in name}
+    assert len(own) == len(weights)
+    for name, value in weights.items():
+        assert torch.equal(own[name.removesuffix("weight") + "style.weight"], value)
     styled = pipe(PROMPT, num_frames=5).frames
     assert not same(styled, plain)
     pipe.set_adapters("style", 0.0)
@@ -326,3 +354,11 @@ def test_lora_of_every_layout_changes_the_video_alike(pipe, tmp_path, layout):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert np.abs(pipe(PROMPT, num_frames=5).frames - styled).max() < 1e-4
+
+
+def test_what_is_no_lora_is_named(pipe, tmp_path):
+    torch.save({"generator": 1}, tmp_path / "lora.pt")
+    save_file({"head.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    for name, message in (("lora.pt", "no entry `generator_lora`"), ("lora.safetensors", "head.weight is no LoRA")):
+        with pytest.raises(CheckpointError, match=message):
+            pipe.load_lora_weights(tmp_path / name)

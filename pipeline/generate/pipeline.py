@@ -30,14 +30,23 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import VAEShape, flow_shift, read_scheduler
+from pipeline.bundle import VAEShape, flow_shift, load_transformer, place, read_scheduler
 from pipeline.data.schedule import Prompt
 from pipeline.generate.conditioning import Conditioning, prompts_of
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
-from utils.config import CacheConfig, CacheKind, CompressorConfig, ConfigError, SamplerConfig, VideoConfig
+from utils.config import (
+    CacheConfig,
+    CacheKind,
+    CompressorConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    SamplerConfig,
+    VideoConfig,
+)
 from utils.load_config import section
 from utils.video import to_uint8
 
@@ -107,26 +116,38 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self.video_processor = VideoProcessor(vae_scale_factor=stride.spatial_stride)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PackForcingPipeline":
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        checkpoint: str | Path | None = None,
+        use_ema: bool = False,
+        **options: Any,
+    ) -> "PackForcingPipeline":
         """From a bundle, or a diffusers folder of Wan2.1 (whose transformer is read as a chunk-causal one).
 
-        `options` are diffusers'; components given by name take the place of the folder's. A hub id is downloaded whole.
+        `checkpoint` takes the place of the folder's transformer: whatever `model.checkpoint` may name, a `.pt` file of
+        Self-Forcing's kind too, of which `use_ema` picks the averaged weights. `options` are diffusers'; components
+        given by name take the place of the folder's. A hub id is downloaded whole. Raises `CheckpointError`.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
         index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
-        if index["transformer"][1] != CausalWanModel.__name__ and options.get("transformer") is None:
+        plain = index["transformer"][1] != CausalWanModel.__name__
+        if options.get("transformer") is None and (plain or checkpoint is not None):
+            settings = {name: options.get(name) or index.get(name) for name in ("cache", "video")}
+            cache = UNTRAINED_CACHE if settings["cache"] is None else section(CacheConfig, "cache", settings["cache"])
+            video = section(VideoConfig, "video", settings["video"] or {})
+            source = ModelConfig(bundle=str(folder), checkpoint=checkpoint and str(checkpoint), use_ema=use_ema)
+            transformer = load_transformer(Config(model=source, cache=cache, video=video))
             dtype = options.get("torch_dtype")
-            options["transformer"] = CausalWanModel.from_pretrained(
-                folder, subfolder="transformer", torch_dtype=dtype, compressor="identity"
-            )
+            options["transformer"] = place(transformer, torch.device("cpu"), dtype) if dtype else transformer
         if index["scheduler"][1] != FlowMatchEulerDiscreteScheduler.__name__ and options.get("scheduler") is None:
             options["scheduler"] = read_scheduler(folder)
         return super().from_pretrained(str(folder), **options)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **options: Any) -> None:
-        """As diffusers' Wan pipelines do; also reads `.pt` files with `generator_lora` (LongLive), Wan2.1's names."""
+        """As diffusers' Wan pipelines do; also peft's files, and `.pt` files with `generator_lora` (LongLive)."""
         super().load_lora_weights(read_lora(pretrained_model_name_or_path_or_dict), **options)
 
     def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
@@ -230,25 +251,40 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
         """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video."""
+        return self._stream(self._asked(*arguments, **options))
+
+    def rollout(self, *arguments: Any, **options: Any) -> Rollout:
+        """The rollout behind a call with these arguments, at its start: to commit given latents, or to time it."""
+        return self._rollout_of(self._asked(*arguments, **options))[0]
+
+    def _asked(self, *arguments: Any, **options: Any) -> SimpleNamespace:
         bound = inspect.signature(self.__call__).bind(*arguments, **options)
         bound.apply_defaults()
-        return self._stream(SimpleNamespace(**bound.arguments))
+        return SimpleNamespace(**bound.arguments)
 
-    @torch.no_grad()
-    def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
+    def _rollout_of(self, asked: SimpleNamespace) -> tuple[Rollout, Conditioning, int]:
+        """The rollout of a call, its text and how many chunks it is to make."""
         self._check(asked)
         video, length, sampler = self.video_config, asked.num_frames, self._sampler(asked)
-        if length is None:
-            length = self._default_frames if asked.seconds is None else math.ceil(asked.seconds * video.fps)
+        if length is None and asked.seconds is None:
+            length = self.vae_shape.frames(video.trained_frames)
+        elif length is None:
+            length = math.ceil(asked.seconds * video.fps)
         conditioning, chunks = Conditioning.of(self, asked, sampler), self.num_chunks(length)
         cache = self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache)
         size = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
         noise = conditioning.noise(asked, (self.transformer.config.in_channels, *size))
         decoded = asked.output_type != "latent" or cache.needs_pixels
         place = {"device": self._execution_device, "decoder": StreamingDecoder(self.vae) if decoded else None}
-        self._rollout = rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
+        rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
         if asked.callback_on_step_end is not None:
             rollout.on_step_end = self._step_callback(rollout, asked)
+        return rollout, conditioning, chunks
+
+    @torch.no_grad()
+    def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
+        self._rollout, conditioning, chunks = self._rollout_of(asked)
+        rollout = self._rollout
         try:
             for chunk in self._decoded(rollout, chunks, asked.num_frames, asked.output_type):
                 yield chunk
@@ -257,10 +293,6 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         finally:
             self._rollout = None
             self.maybe_free_model_hooks()
-
-    @property
-    def _default_frames(self) -> int:
-        return self.vae_shape.frames(self.video_config.trained_frames)
 
     def _decoded(self, rollout: Rollout, total: int, wanted: int | None, output_type: str) -> Iterator[Chunk]:
         """Run the rollout; `wanted`: pixel frames after which the last chunk is cut."""

@@ -146,8 +146,6 @@ class Rollout:
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
         """Denoise the next chunk: [B, C, F, H, W]."""
-        if self.model.is_cache_enabled:  # a step cache of diffusers: FirstBlockCache, PAB, ...
-            self.model._reset_stateful_cache()  # it knows the steps of one chunk
         self.mid_tokens_attended = max(self.mid_tokens_attended, context.attended_mid_tokens())
         options = {}
         if self.grad_step is not None:
@@ -175,7 +173,7 @@ class Rollout:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
             noisy = self.schedule.add_noise(latents, self._draw(index, -1), timestep)
         clean = torch.cat([latents] * self.branches).to(self.model.dtype)
-        step_cache = self.model._cache_config
+        step_cache = self.model._cache_config  # FirstBlockCache, PAB, ... of diffusers: for the steps of one chunk
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
         seen = {"clean_hidden_states": clean, "low_res": self._decode(latents, context)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from model.cache.cache import PackCache
 from pipeline.bundle import write_model_index
 from pipeline.data.prompts import sample_prompts
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.train.method import Stage, Weights
@@ -85,10 +87,16 @@ class GeneratorStage(Stage):
 
     def generate(self, noise: NoiseSource, prompts: Prompts, step: int) -> torch.Tensor:
         """`noise` as a rollout takes it and P prompts -> latents [P, C, F, H, W]."""
-        train, chunk = self.config.train, self.config.video.frames_per_chunk
-        rollout = self.new_rollout(self.config.sampler, prompts, noise)
-        chunks = max(train.sample_frames, train.sample_long_frames) // chunk
-        return torch.cat([latents for _, latents in rollout.run(chunks, commit_last=False)], dim=2)
+        config, train = self.config, self.config.train
+        sections = {name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")}
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=train.shift)
+        pipe = PackForcingPipeline(None, None, self.decoder_vae, scheduler, self.transformer, **sections)
+        latent_frames = max(train.sample_frames, train.sample_long_frames)
+        chunks = pipe.stream(
+            prompt_embeds=prompts.embeds, negative_prompt_embeds=prompts.negative, noise=noise,
+            num_frames=pipe.vae_shape.frames(latent_frames), output_type="latent",
+        )  # fmt: skip
+        return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
     @torch.no_grad()
     def sample(self, step: int, folder: Path | None, ema: Weights | None) -> dict[str, float]:
@@ -111,7 +119,7 @@ class GeneratorStage(Stage):
             if folder is None:
                 module.train()
                 return {}
-            vae, short = self.vae(), train.sample_frames
+            vae, short = self.decoder_vae, train.sample_frames
             scores = write_samples(folder, prompts, latents[:, :, :short], vae, config.video.fps)
             if latents.shape[2] > short:
                 longer = write_samples(folder / "long", prompts, latents, vae, config.video.fps)
