@@ -29,7 +29,7 @@ from model.geometry import WAN_PATCH_SIZE
 from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
 from pipeline.sources import bundle_folder, require_files, transformer_source
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, VideoConfig
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +112,14 @@ class VAEShape:
         """Latent frames that hold at least `frames` pixel frames."""
         return 1 + math.ceil((frames - 1) / self.temporal_stride)
 
+    def size(self, video: VideoConfig) -> tuple[int, int]:
+        """Latent height and width of `video`. Raises `ConfigError` where patches do not fill it."""
+        for name, patch in zip(("height", "width"), WAN_PATCH_SIZE[1:], strict=True):
+            size, unit = getattr(video, name), self.spatial_stride * patch
+            if size % unit:
+                raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} px (VAE x patch)")
+        return video.height // self.spatial_stride, video.width // self.spatial_stride
+
     def frames(self, latent_frames: int) -> int:
         """Pixel frames of `latent_frames` latent ones."""
         return 1 + self.temporal_stride * (latent_frames - 1)
@@ -139,11 +147,7 @@ def _check_sizes(config: Config) -> None:
     if text_dim != shape["text_dim"]:
         raise ConfigError(f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}; "
                           "model.bundle and model.checkpoint do not belong together")  # fmt: skip
-    for name, size, patch in zip(("height", "width"), (config.video.height, config.video.width), WAN_PATCH_SIZE[1:],
-                                 strict=True):  # fmt: skip
-        unit = vae.spatial_stride * patch
-        if size % unit:
-            raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} pixels")
+    vae.size(config.video)
 
 
 def load_transformer(config: Config) -> CausalWanModel:

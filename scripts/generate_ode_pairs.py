@@ -27,14 +27,14 @@ def run(arguments: argparse.Namespace) -> None:
     from pipeline.bundle import vae_shape_of
     from pipeline.sources import transformer_source
     from pipeline.train.prompt_data import PromptData
-    from pipeline.train.roles import check_student, latent_size, load_student, load_text
-    from pipeline.train.stage_parts import need_folder
+    from pipeline.train.roles import check_student, load_student, load_text
+    from pipeline.train.stage_parts import vae_folder
     from pipeline.train.trajectories import grid_points, write_trajectories
     from utils.distributed import rank
 
     check_student(config)
     grid_points(config)  # a student's step off the grid shows before a model is loaded
-    vae = vae_shape_of(need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan"))
+    vae = vae_shape_of(vae_folder(config))
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with rank() as (device, world):
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         random = config.model.random_init
         weights = f"random, seed {config.seed}" if random else content_hash(transformer_source(config))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):
-            write_trajectories(config, model, text, data, latent_size(config, vae.spatial_stride), weights, world)
+            write_trajectories(config, model, text, data, vae.size(config.video), weights, world)
 
 
 def main(argv: list[str] | None = None) -> int:

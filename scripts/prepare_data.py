@@ -38,12 +38,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model.weights import content_hash
+from pipeline.bundle import load_library_model, vae_shape_of
 from pipeline.data.clips import LatentClips, check_clips, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts, read_prompts
 from pipeline.data.text import TextEmbeddings, embed_prompts
 from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, list_videos
-from pipeline.train.stage_parts import need_folder
+from pipeline.train.stage_parts import vae_folder
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
 from utils.load_config import load_config
@@ -52,34 +53,22 @@ log = logging.getLogger(__name__)
 NOT_SOUND = 1
 
 
-def load_vae(config: Config, device: torch.device) -> AutoencoderKLWan:
-    """Raises `ConfigError` where there is none, or `video`'s size does not fit it."""
-    folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
-    try:
-        vae = AutoencoderKLWan.from_pretrained(folder, local_files_only=True).eval().to(device)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"setting `data.vae` is {folder}: no AutoencoderKLWan there ({error})") from error
-    stride = vae.config.scale_factor_spatial
-    for name, size in (("height", config.video.height), ("width", config.video.width)):
-        if size % stride:
-            raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of the VAE's {stride} pixels")
-    return vae
-
-
 def prepare(config: Config, arguments: argparse.Namespace, device: torch.device, world: World) -> None:
     """Write what is missing of latents and embeddings. Raises `ConfigError`."""
     data, video = config.data, config.video
     if arguments.videos is None:
         prompts = read_prompts(arguments.prompts) if arguments.prompts else data_prompts(config)
         return embed_prompts(config, fixed_prompts(config) + prompts, arguments.text_batch, device, world)
-    folder, vae_folder = clips_folder(config), need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
+    folder, encoder = clips_folder(config), vae_folder(config)
+    vae_shape_of(encoder).size(video)
     videos = list_videos(arguments.videos, arguments.captions)
     if data.text_embeddings is not None:  # first: it ends on all ranks at about the same time
         prompts = fixed_prompts(config) + [clip.caption for clip in videos if not clip.problem]
         embed_prompts(config, prompts, arguments.text_batch, device, world)
-    encode = partial(encode_frames, load_vae(config, device), whole=False)
+    vae = load_library_model(AutoencoderKLWan, encoder, torch.float32).to(device)
+    encode = partial(encode_frames, vae, whole=False)
     source = VideoClips(videos, Path(arguments.videos), data.clip_frames, video.fps, video.height, video.width)
-    skipped = write_clips(source, encode, content_hash(vae_folder), folder, world,
+    skipped = write_clips(source, encode, content_hash(encoder), folder, world,
                           shard_size=data.shard_size, workers=data.workers)  # fmt: skip
     for clip, reason in skipped.items():
         log.warning("left out: %s: %s", clip, reason)

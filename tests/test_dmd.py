@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from toy import randn
 
 from pipeline.sources import require_training_files
-from pipeline.train.checks import check_models
+from pipeline.train.dmd import DMDStage
 from pipeline.train.prompt_data import LatentReference
 from pipeline.train.trainer import Trainer, TrainingDivergedError
 from utils.config import ConfigError
@@ -285,9 +285,9 @@ def test_what_a_run_lacks_is_found_before_anything_is_loaded(root, tmp_path, cha
     config = settings(root, "dmd", [f"{key}={places.get(value, value)}" for key, value in change.items()])
     with pytest.raises(ConfigError, match=message):
         require_training_files(config)
-        check_models(config)
+        DMDStage.check(config)
     require_training_files(settings(root, "dmd"))
-    check_models(settings(root, "dmd"))
+    DMDStage.check(settings(root, "dmd"))
 
 
 # --- what a rollout is held against ---

@@ -22,6 +22,7 @@ from model.weights import read_weights
 from pipeline.train import checks as preflight
 from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_info, read_into, tensor_shapes
 from pipeline.train.checks import check_ranks
+from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.parallel import prepare_stage
 from pipeline.train.trainer import StepPlan
 from scripts import export_checkpoint
@@ -287,7 +288,7 @@ def test_ranks_must_fill_the_groups():
 def test_a_full_disk_is_noticed_before_anything_is_loaded(inputs, tmp_path, monkeypatch, capsys, stage):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100_000))
-    monkeypatch.setattr("pipeline.train.method.build_stage", lambda *args: pytest.fail("models were loaded"))
+    monkeypatch.setattr("pipeline.train.stages.build_stage", lambda *args: pytest.fail("models were loaded"))
     argv = arguments(inputs, tmp_path / "run", *stage_overrides(inputs, stage), *batch_of(1))
     assert scale_runs.run(argv) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
@@ -298,7 +299,7 @@ def test_a_full_disk_is_noticed_before_anything_is_loaded(inputs, tmp_path, monk
 def test_the_disk_estimate_is_that_of_a_checkpoint(visual_run, inputs):
     (checkpoint,) = list_checkpoints(visual_run / "checkpoints")
     config = load_config(inputs / "config.yaml", stage_overrides(inputs, "ar_diffusion"))
-    weights = sum(p.numel() for model in preflight.trained_models(config) for p in model.parameters())
+    weights = sum(p.numel() for model in ARDiffusionStage.trained(config) for p in model.parameters())
     tensors = sum(x.nbytes for name, x in stored(checkpoint).items() if ".transformer." in name)
     assert tensors == pytest.approx(preflight.BYTES_PER_WEIGHT * weights, rel=0.05)
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.data.vae_clip import decode_clip, encode_moments
-from pipeline.train.vae import VAEStage, latent_statistics, to_frames, to_video
+from pipeline.data.vae_clip import decode_clip, encode_moments, to_video
+from pipeline.train.vae import VAEStage, latent_statistics
 from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
 from utils.distributed import World
 from utils.sprites.read import MARKED, MOVING, read_seconds, score
 from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
+from utils.video import to_uint8
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "tiny" / "vae"
 ROUND_TRIP_FLOOR = 0.97
@@ -145,7 +146,7 @@ def test_samples_are_round_trips_with_readable_sidecars(tmp_path):
 
 def test_pixels_round_trip():
     frames = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, axis=-1)
-    assert np.array_equal(to_frames(to_video(frames)), frames)
+    assert np.array_equal(to_uint8(to_video(frames)[0]), frames[0])
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="bundles/tiny/vae is not there yet")
@@ -156,7 +157,7 @@ def test_shipped_vae_keeps_the_readings_of_held_out_clips():
         spec = sample_spec(1, HELD_OUT_START + index)
         with torch.no_grad():
             latents = vae.encode(to_video(render(spec, CLIP_FRAMES)[None])).latent_dist.mode()
-            decoded = to_frames(vae.decode(latents).sample)[0]
+            decoded = to_uint8(vae.decode(latents).sample[0])
         facts = CaptionFacts(spec.colour, spec.shape, spec.motion, spec.background, spec.pattern)
         for mark in score(read_seconds(decoded, FPS), facts):
             total[mark.attribute] += 1

@@ -98,6 +98,11 @@ def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return (latents.float() - mean) / std
 
 
+def to_video(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [B, F, H, W, 3] -> float [B, 3, F, H, W] in -1..1, channels last."""
+    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+
+
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray, whole: bool = True) -> torch.Tensor:
     """uint8 [B, F, H, W, 3] -> normalised latents float32 [B, C, 1 + (F-1)/4, H/8, W/8], the posterior's mean.
@@ -106,8 +111,7 @@ def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray, whole: bool = True)
         whole: a clip in one pass, on a CPU in bfloat16: fast for small frames. False: by the library's own path, a few
             frames at a time, as the memory of a whole clip at 480x832 is out of proportion to what it saves.
     """
-    pixels = torch.from_numpy(frames).to(vae.device).float().div(127.5).sub(1.0)
-    video = pixels.permute(0, 4, 1, 2, 3)  # [B, 3, F, H, W]
+    video = to_video(frames).to(vae.device)  # [B, 3, F, H, W]
     if not whole:
         return normalise(vae, vae.encode(video).latent_dist.mode())
     with torch.autocast("cpu", torch.bfloat16, enabled=video.device.type == "cpu"):

@@ -16,7 +16,8 @@ from torch import nn
 
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS
-from pipeline.train.flow import HIGH_NOISE, FlowMatching, mean_where
+from pipeline.generate.sampler import guided
+from pipeline.train.flow import HIGH_NOISE, FlowMatching, check_chunks, mean_where
 from pipeline.train.generator import Generator, GeneratorStage
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
@@ -29,13 +30,18 @@ from utils.rng import keyed_generator
 class ConsistencyStage(GeneratorStage):
     """Student, its EMA as target, and the frozen AR-diffusion teacher; all start as the model that `model` names."""
 
-    def __init__(self, config: Config, device: torch.device, world: World):
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
         check_student(config)
+        check_chunks(config)
         if config.train.ema_start_step != 0:
             raise ConfigError(
                 f"setting `train.ema_start_step` is {config.train.ema_start_step}: the EMA is the target of "
                 "consistency distillation from the first step on; set it to 0"
             )
+
+    def __init__(self, config: Config, device: torch.device, world: World):
         text = load_text(config, device)
         self.clips = FlowMatching(config, device, world, text, per_chunk=True)
         student = load_student(config, text, device, self.clips.latent_shape[0])
@@ -84,8 +90,7 @@ class ConsistencyStage(GeneratorStage):
         flow = self._forced_flow(
             self.teacher, *twice, torch.cat((embeds, negative)), torch.cat((clean, clean)), torch.cat((level, level))
         )
-        cond, uncond = flow.chunk(2)
-        return uncond + guidance * (cond - uncond)
+        return guided(*flow.chunk(2), guidance)
 
     def _x0(self, model, noisy, sigma, embeds, clean, level) -> torch.Tensor:
         """x0 [B, C, F, H, W]; at sigma 0 that is `noisy` itself."""

@@ -10,17 +10,19 @@ All randomness is keyed by (seed, purpose, role, step, sample index), so it does
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from model.cache.cache import CacheLayout
 from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import vae_shape_of
+from pipeline.bundle import read_json, transformer_settings, vae_shape_of
 from pipeline.data.vae_clip import normalise
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
@@ -28,14 +30,15 @@ from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
 from pipeline.train.method import method
 from pipeline.train.prompt_data import PromptData
-from pipeline.train.roles import check_student, latent_size, load_score, load_student, load_text
-from pipeline.train.stage_parts import need_folder
+from pipeline.train.roles import check_student, load_score, load_student, load_text
+from pipeline.train.stage_parts import need_folder, vae_folder
 from utils.config import CacheKind, Config, ConfigError, OptimizerConfig
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 from utils.timing import part
 
 _TINY = 1e-12
+_WAN_SETTINGS = inspect.signature(WanTransformer3DModel.__init__).parameters
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,38 @@ class DMDStage(GeneratorStage):
     What is logged of the generator, the critic's lag included, is logged at the steps at which it is due.
     """
 
-    def __init__(self, config: Config, device: torch.device, world: World):
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Both scores must be of the student's world, too."""
+        super().check(config)
         check_student(config)
+        student = transformer_settings(config)
+        for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
+            if path is None and (config.model.random_init or key == "dmd.critic"):
+                continue  # a random one of the student's shape; the teacher's
+            settings = read_json(need_folder(path, key, "a WanTransformer3DModel") / "config.json")
+            for name in ("in_channels", "text_dim"):
+                own = settings.get(name, _WAN_SETTINGS[name].default)
+                if own != student[name]:
+                    raise ConfigError(f"setting `{key}` is {path}: its {name} is {own}, the student's (model.bundle) "
+                                      f"is {student[name]}")  # fmt: skip
+
+    @classmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        key = "dmd.critic" if config.dmd.critic is not None else "dmd.teacher"
+        folder = need_folder(config.dmd.critic or config.dmd.teacher, key, "a WanTransformer3DModel")
+        return [*super().trained(config), WanTransformer3DModel.from_config(read_json(folder / "config.json"))]
+
+    def __init__(self, config: Config, device: torch.device, world: World):
         self.config = config
         self.window = config.video.trained_frames // config.video.frames_per_chunk  # chunks that the scores see
         longest = config.dmd.max_rollout_frames or config.video.trained_frames
         self.max_chunks = longest // config.video.frames_per_chunk
-        vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
-        size = latent_size(config, vae_shape_of(vae_folder).spatial_stride)
+        size = vae_shape_of(vae_folder(config)).size(config.video)
         self._check_mid_is_reached(size)
         text = load_text(config, device)
         student = load_student(config, text, device)
-        super().__init__(config, device, student, text, vae_folder, (student.config.in_channels, *size))
+        super().__init__(config, device, student, text, vae_folder(config), (student.config.in_channels, *size))
         self.new_cache()  # raises where its settings do not fit the model
         self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
         paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher

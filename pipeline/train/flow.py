@@ -17,14 +17,14 @@ from torch import nn
 
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import random_model, transformer_settings
+from pipeline.bundle import random_model, read_json, transformer_settings, vae_shape_of
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.rollout import Prompts
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
 from pipeline.train.method import method
 from pipeline.train.roles import prepare
-from pipeline.train.stage_parts import LatentData, TextConditioning, load_causal, load_wan
+from pipeline.train.stage_parts import LatentData, TextConditioning, load_causal, load_wan, need_folder, vae_folder
 from pipeline.train.through_cache import flows_through_cache, loss_shares
 from pipeline.train.trainer import StepPlan
 from utils.config import Config, ConfigError, LossWeighting, Sharding
@@ -134,6 +134,18 @@ class FlowMatching:
         return (errors * weights * share).sum(), logs
 
 
+def check_chunks(config: Config) -> None:
+    """Raise `ConfigError` where clips as `data` and `train.phases` describe them are not whole chunks."""
+    video, data = config.video, config.data
+    lengths = {f"train.phases[{i}].frames": phase.frames for i, phase in enumerate(config.train.phases)}
+    if data.kind == "sprites" and not lengths:
+        lengths = {"data.clip_frames": vae_shape_of(vae_folder(config)).latent_frames(data.clip_frames)}
+    for name, frames in lengths.items():
+        if frames % video.frames_per_chunk:
+            raise ConfigError(f"setting `{name}` means clips of {frames} latent frames: these must be a multiple of "
+                              f"video.frames_per_chunk={video.frames_per_chunk}")  # fmt: skip
+
+
 def mean_weights(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Weights [B, G] of a mean over the masked rows, by their shares; over all rows where none is left of them."""
     masked = shares * mask
@@ -150,13 +162,18 @@ def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
 class TeacherStage(GeneratorStage):
     """Bidirectional `WanTransformer3DModel`, one timestep a clip."""
 
+    @classmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        return [_sized(WanTransformer3DModel, config)]
+
     def __init__(self, config: Config, device: torch.device, world: World):
         text = TextConditioning.load(config, device, config.model.text_len)
         self.clips = FlowMatching(config, device, world, text, per_chunk=False)
         if config.train.init_from is not None:
             model = load_wan(config.train.init_from, "train.init_from")
         else:
-            model = random_model(WanTransformer3DModel, _fresh_settings(self.clips), config.seed)
+            settings = _fresh_settings(config, self.clips.latent_shape[0], text.text_dim)
+            model = random_model(WanTransformer3DModel, settings, config.seed)
         model = prepare(model.train(), config, device)
         super().__init__(config, device, model, text, self.clips.data.vae_folder, self.clips.latent_shape)
 
@@ -179,10 +196,19 @@ class TeacherStage(GeneratorStage):
 class ARDiffusionStage(GeneratorStage):
     """Chunk-causal `CausalWanModel` by teacher forcing, one timestep a chunk."""
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        check_chunks(config)
+
+    @classmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        return [_sized(CausalWanModel, config)]
+
     def __init__(self, config: Config, device: torch.device, world: World):
         text = TextConditioning.load(config, device, config.model.text_len)
         self.clips = FlowMatching(config, device, world, text, per_chunk=True)
-        settings = _fresh_settings(self.clips)
+        settings = _fresh_settings(config, self.clips.latent_shape[0], text.text_dim)
         if config.train.init_from is None:
             model = random_model(CausalWanModel, settings, config.seed)
         else:
@@ -242,8 +268,15 @@ def forced_flow(
     return model(noisy, timestep, clips.embeds(batch), clean_hidden_states=clean, clean_timestep=level).sample
 
 
-def _fresh_settings(clips: FlowMatching) -> dict[str, Any]:
-    """Of a transformer of `model`'s shape for these clips and their text."""
-    channels = clips.latent_shape[0]
-    sizes = {"in_channels": channels, "out_channels": channels, "text_dim": clips.text.text_dim}
-    return transformer_settings(clips.config) | sizes
+def _fresh_settings(config: Config, channels: int, text_dim: int) -> dict[str, Any]:
+    """Of a transformer of `model`'s shape for latents and prompt embeddings of these widths."""
+    sizes = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
+    return transformer_settings(config) | sizes
+
+
+def _sized(kind: type[WanTransformer3DModel], config: Config) -> WanTransformer3DModel:
+    if config.train.init_from is not None:
+        folder = need_folder(config.train.init_from, "train.init_from", "a transformer")
+        return WanTransformer3DModel.from_config(read_json(folder / "config.json"))
+    channels = vae_shape_of(vae_folder(config)).channels
+    return random_model(kind, _fresh_settings(config, channels, config.model.text_dim), config.seed)

@@ -13,7 +13,9 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from torch import nn
 
 from model.cache.cache import PackCache
-from pipeline.bundle import write_model_index
+from model.causal_wan import CausalWanModel
+from model.compressor import COMPRESSORS
+from pipeline.bundle import transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
@@ -21,8 +23,8 @@ from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
-from pipeline.train.stage_parts import TextConditioning, save_exported, swapped_in
-from utils.config import Config, SamplerConfig, TextPlacement
+from pipeline.train.stage_parts import TextConditioning, save_exported, swapped_in, vae_folder
+from utils.config import Config, ConfigError, SamplerConfig, TextPlacement
 
 
 class Generator(nn.Module):
@@ -44,6 +46,18 @@ class GeneratorStage(Stage):
         vae_folder: holds the VAE that decodes samples.
         latent_shape: (C, H, W) of a latent frame.
     """
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
+        if config.model.attention_head_dim % 2:
+            found = f"setting `model.attention_head_dim` is {config.model.attention_head_dim}"
+            raise ConfigError(f"{found}: must be even (rotary)")
+        vae_shape_of(vae_folder(config)).size(config.video)
+
+    @classmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        return [CausalWanModel(**transformer_settings(config))]
 
     def __init__(
         self, config: Config, device: torch.device, transformer: WanTransformer3DModel, text: TextConditioning,

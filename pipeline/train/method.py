@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config import OptimizerConfig
+from utils.config import Config, OptimizerConfig
 from utils.registry import Registry
 
 Weights = dict[str, dict[str, torch.Tensor]]  # role -> parameter name -> value
@@ -28,6 +28,15 @@ class Stage(ABC):
     modules: dict[str, nn.Module]
     targets: Mapping[str, nn.Module] = {}
     frozen: Mapping[str, nn.Module] = {}
+
+    @classmethod  # noqa: B027 - a stage may take any settings
+    def check(cls, config: Config) -> None:
+        """Raise `ConfigError` for settings that the stage cannot be trained with; reads nothing but config files."""
+
+    @classmethod
+    @abstractmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        """Models of the size that the stage trains, to be called on the meta device; raises as `check`."""
 
     def frozen_modules(self) -> list[nn.Module]:
         """What is placed and sharded beside `modules` and `targets`."""

@@ -17,7 +17,7 @@ from pipeline.train.flow import mean_where
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
-from pipeline.train.stage_parts import need_folder
+from pipeline.train.stage_parts import need_folder, vae_folder
 from pipeline.train.trajectories import Trajectories, student_steps
 from utils.config import Config, ConfigError
 from utils.distributed import World
@@ -28,9 +28,12 @@ from utils.rng import keyed_generator
 class ODEStage(GeneratorStage):
     """Student on the trajectories in `ode.path`."""
 
-    def __init__(self, config: Config, device: torch.device, world: World):
+    @classmethod
+    def check(cls, config: Config) -> None:
+        super().check(config)
         check_student(config)
-        vae_folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+
+    def __init__(self, config: Config, device: torch.device, world: World):
         self.trajectories = Trajectories(need_folder(config.ode.path, "ode.path", "trajectories"))
         self.steps = student_steps(config)  # [S]
         self.columns = self.trajectories.columns(self.steps.tolist())
@@ -43,7 +46,7 @@ class ODEStage(GeneratorStage):
         _, latents, _ = self.trajectories[0]
         text = load_text(config, device)
         student = load_student(config, text, device, latents.shape[0])
-        super().__init__(config, device, student, text, vae_folder, (latents.shape[0], *latents.shape[2:]))
+        super().__init__(config, device, student, text, vae_folder(config), (latents.shape[0], *latents.shape[2:]))
         self.schedule = FlowMatchSchedule(config.sampler.shift)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from diffusers import WanTransformer3DModel
 from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
-from pipeline.bundle import load_transformer, random_model, read_json, transformer_settings
-from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder
+from pipeline.bundle import load_transformer, random_model, read_json, transformer_settings, vae_shape_of
+from pipeline.sources import transformer_source
+from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder, vae_folder
 from utils.config import Config, ConfigError
 
 
 def check_student(config: Config) -> None:
-    """Raise `ConfigError` where the settings cannot be those of a few-step student; loads nothing."""
+    """Raise `ConfigError` where the settings cannot be those of a few-step student, or those of a model that does
+    not fit `data.vae`; reads nothing but config files."""
     train, sampler, video = config.train, config.sampler, config.video
     if train.init_from is not None:
         raise ConfigError(
@@ -35,6 +37,17 @@ def check_student(config: Config) -> None:
         )
     if train.phases:
         raise ConfigError(f"setting `train.phases`: stage {train.stage} has none; use train.batch_size")
+    if len(set(sampler.steps)) < len(sampler.steps):
+        raise ConfigError(f"setting `sampler.steps` is {sampler.steps}: a step must not be there twice")
+    if not config.model.random_init:
+        transformer_source(config)  # raises where none is named
+    student = transformer_settings(config)
+    channels = vae_shape_of(vae_folder(config)).channels
+    if channels != student["in_channels"]:
+        raise ConfigError(
+            f"setting `data.vae` is {config.data.vae}: its latents have {channels} channels, those of the student "
+            f"(model.bundle) {student['in_channels']}"
+        )
 
 
 def load_text(config: Config, device: torch.device) -> TextConditioning:
@@ -95,11 +108,6 @@ def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = to
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
-
-
-def latent_size(config: Config, stride: int) -> tuple[int, int]:
-    """Latent height and width of `video`. `stride`: pixels per latent."""
-    return config.video.height // stride, config.video.width // stride
 
 
 def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:

@@ -46,6 +46,14 @@ def need_folder(path: str | None, key: str, part: str) -> Path:
     return Path(path)
 
 
+def vae_folder(config: Config) -> Path:
+    """`data.vae`. Raises `ConfigError` as `need_folder`, and where no VAE is there."""
+    folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"setting `data.vae` is {folder}: no AutoencoderKLWan there")
+    return folder
+
+
 @dataclass
 class TextConditioning:
     """Text encoder and tokenizer of a stage, or the embeddings that stand for them.
@@ -186,7 +194,7 @@ class LatentData:
         data, video = config.data, config.video
         if data.kind == "prompts":
             raise ConfigError("setting `data.kind` is prompts: this stage learns from clips; use sprites or latents")
-        vae_folder = need_folder(data.vae, "data.vae", "an AutoencoderKLWan")
+        encoder = vae_folder(config)
         if data.path is None:
             raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
         size, told = (video.height, video.width), data.stories
@@ -206,8 +214,8 @@ class LatentData:
         if data.kind == "latents":  # stills are there, or are the first frames of clips
             folders = {name: folder for name, folder in folders.items() if name == "clips" or folder.is_dir()}
         if data.kind == "sprites":
-            vae = channels_last(AutoencoderKLWan.from_pretrained(vae_folder).eval().to(device))
-            vae_hash = content_hash(vae_folder)
+            vae = channels_last(AutoencoderKLWan.from_pretrained(encoder).eval().to(device))
+            vae_hash = content_hash(encoder)
             for name, folder in folders.items():
                 source = sources[name]
                 one_by_one = name == "stories" and source.stills
@@ -216,8 +224,8 @@ class LatentData:
                 barrier(world)  # finished on every rank before one reads it
         loaded = {name: LatentClips(folder) for name, folder in folders.items()}
         for name, folder in folders.items():
-            _check_latents(loaded[name], folder, vae_folder, config)
-        return cls(*(loaded.get(name) for name in sources), vae_folder, config)
+            _check_latents(loaded[name], folder, encoder, config)
+        return cls(*(loaded.get(name) for name in sources), encoder, config)
 
     @property
     def _any(self) -> LatentClips:

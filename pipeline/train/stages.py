@@ -13,4 +13,5 @@ def build_stage(config: Config, device: torch.device, world: World) -> Stage:
     name = config.train.stage
     if config.train.through_cache and name != "ar_diffusion":
         raise ConfigError(f"setting `train.through_cache`: stage {name} does not know it; it is for ar_diffusion")
+    METHODS[name].check(config)
     return METHODS[name](config, device, world)

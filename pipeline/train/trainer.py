@@ -7,8 +7,6 @@ are sharded, every rank takes part in samples and export too.
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -29,13 +27,12 @@ from utils.cli import noted_signals, raise_signal
 from utils.config import Config, ConfigError
 from utils.distributed import World, average, barrier, largest
 from utils.load_config import to_yaml
-from utils.timing import part
+from utils.timing import part, peak_memory
 from utils.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 3
-_KIB_PER_GIB = 2**20
 Result = TypeVar("Result")
 
 
@@ -175,7 +172,7 @@ class Trainer:
                 self.step += 1
                 seconds = time.perf_counter() - start
                 logs |= {"samples_per_s": self.plan.total(self.step - 1) / seconds, "seconds": seconds}
-                logs |= {"samples": self.plan.samples_before(self.step), "peak_gib": _peak_memory(self.device)}
+                logs |= {"samples": self.plan.samples_before(self.step), "peak_gib": peak_memory(self.device) / 2**30}
                 logs |= self.meter.step(seconds, self.world.size, train.max_steps - self.step)
                 signal = largest(asked(), self.world)
                 if self.step % train.log_every == 0 or self.step == train.max_steps or signal:
@@ -321,11 +318,3 @@ class Trainer:
         self.plan = replace(self.plan, taken_elsewhere=elsewhere)
         log.info("resumed from %s", path)
         return self.step
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the accelerator, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (_KIB_PER_GIB if sys.platform != "darwin" else 2**30)

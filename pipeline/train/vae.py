@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, WanResidualBlock
 from torch import nn
 
-from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments
+from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, to_video
 from pipeline.train.method import Stage, Weights, method
 from pipeline.train.samples import write_samples
 from pipeline.train.stage_parts import exported, swapped_in
@@ -92,17 +92,6 @@ def _keep_frames(conv: WanCausalConv3d) -> None:
     conv.weight[:, :, :-1] = 0.0
 
 
-def to_video(frames: np.ndarray) -> torch.Tensor:
-    """uint8 [batch, frames, height, width, 3] to float [batch, 3, frames, height, width] in -1..1, channels last."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-
-
-def to_frames(video: torch.Tensor) -> np.ndarray:
-    """Float [batch, 3, frames, height, width] in -1..1 (clamped) to uint8 [batch, frames, height, width, 3]."""
-    pixels = video.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
-
-
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and deviation per latent channel over clips [batch, 3, 1 + 4n, height, width], for the VAE's config.
@@ -126,6 +115,10 @@ def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> t
 @method("vae")
 class VAEStage(Stage):
     """Data, network and objective of the VAE."""
+
+    @classmethod
+    def trained(cls, config: Config) -> list[nn.Module]:
+        return [build_vae(config.vae)]
 
     def __init__(self, config: Config, device: torch.device, world: World):
         self.config, self.device = config, device
@@ -158,7 +151,9 @@ class VAEStage(Stage):
         """
         clips = [self._draw(step, index) for index in sample_indices]
         video = to_video(np.stack(clips)).to(self.device)
-        shape = (self.config.vae.z_dim, *latent_size(self.vae, video.shape[2:]))
+        (frames, height, width), stride = video.shape[2:], self.vae.config.scale_factor_spatial
+        frames = 1 + (frames - 1) // self.vae.config.scale_factor_temporal
+        shape = (self.config.vae.z_dim, frames, height // stride, width // stride)
         noise = [keyed_randn(shape, self.config.seed, "posterior", step, index) for index in sample_indices]
         return {"video": video, "noise": torch.stack(noise).to(self.device)}
 
@@ -212,10 +207,3 @@ class VAEStage(Stage):
         mean, std = latent_statistics(vae.float(), videos)
         vae.register_to_config(latents_mean=mean, latents_std=std)
         vae.to(torch.bfloat16).save_pretrained(folder / "vae")
-
-
-def latent_size(vae: AutoencoderKLWan, size: Sequence[int]) -> tuple[int, int, int]:
-    """Latent (frames, height, width) of a clip of `size` (frames, height, width) px."""
-    frames, height, width = size
-    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
-    return 1 + (frames - 1) // time, height // space, width // space
