@@ -21,7 +21,6 @@ from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.text import encode_tokens
 from pipeline.train.parallel import shard_model, sharding_mesh
-from pipeline.train.roles import latent_size
 from pipeline.train.stages import build_stage
 from pipeline.train.trainer import Trainer
 from utils.config import CacheKind, Config
@@ -216,7 +215,7 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
             del encoder
         yield Phase.of("prompt", mode.counts)
     video = config.video
-    size = latent_size(config, vae_shape_of(folder / "vae").spatial_stride)
+    size = vae_shape_of(folder / "vae").size(video)
     cache = PackCache.for_model(model, config.cache, *size, video.trained_frames)
     embeds = torch.zeros(1, model.config.text_len, model.config.text_dim, device=DEVICE, dtype=torch.bfloat16)
     prompts = Prompts(embeds, embeds if config.sampler.guidance != 1 else None)

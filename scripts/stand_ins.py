@@ -15,7 +15,6 @@ from pipeline.data.clips import CLIPS
 from pipeline.data.prompts import fixed_prompts
 from pipeline.data.shards import ShardWriter
 from pipeline.data.text import EmbeddingWriter
-from pipeline.train.roles import latent_size
 from pipeline.train.trajectories import TRAJECTORIES, student_steps
 from pipeline.train.vae import build_vae
 from utils.config import Config, StoryConfig
@@ -106,7 +105,7 @@ def write_latents(config: Config, folder: Path) -> None:
     """Clips, single frames and trajectories of noise, two each."""
     vae = vae_shape_of(folder / "vae")
     save_file({"none": torch.zeros(1)}, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    size = latent_size(config, vae.spatial_stride)
+    size = vae.size(config.video)
     frames, prompts = vae.latent_frames(config.data.clip_frames), ["prompt 0", "prompt 1"]
     plan = {"vae": content_hash(folder / "vae"), "clips": 2}
     for name, length in (("clips", frames), ("stills", 1)):
