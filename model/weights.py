@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -87,6 +87,22 @@ def read_weights(path: str | Path, use_ema: bool = False) -> dict[str, torch.Ten
     return _diffusers_names(raw, path)
 
 
+def check_weights(path: str | Path) -> None:
+    """Raise `CheckpointError` as `weight_files` does, and for .safetensors files that are damaged or hold other numbers
+    than floating-point ones; reads their headers only."""
+    for file in weight_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(file, "pt") as held:
+                dtypes = {name: held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118 - no dict
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"checkpoint {file}: not a safetensors file, or cut short ({error})") from error
+        odd = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
+        if odd:
+            raise CheckpointError(f"checkpoint {file}: weights are floating-point numbers, not {_some(odd)}")
+
+
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
@@ -147,8 +163,8 @@ def load_weights(
 ) -> None:
     """Give `model` (which may be on the meta device) exactly these tensors, without copying them.
 
-    `fresh` holds parameters that the checkpoint is known to lack. Raises `CheckpointError` naming missing, unexpected
-    and misshapen parameters: a few of each, and their count.
+    `fresh` holds parameters that the checkpoint is known to lack. Raises `CheckpointError` naming missing, unexpected,
+    misshapen and not floating-point parameters: a few of each, and their count.
     """
     own = model.state_dict()
     if not own.keys() & weights.keys():
@@ -169,6 +185,7 @@ def load_weights(
             ("missing", [name for name in own if name not in common]),
             ("unexpected", [name for name in weights if name not in common]),
             ("misshapen", shapes),
+            ("of whole or complex numbers", [name for name in common if not weights[name].is_floating_point()]),
         )
         if names
     ]

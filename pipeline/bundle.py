@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,35 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
 from model.schedule import WAN_SHIFT
-from model.weights import CheckpointError, cast_weights, load_weights, read_weights, weight_files
+from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_weights
 from pipeline.sources import bundle_folder, require_files, transformer_source
-from utils.config import Config, ConfigError, VideoConfig
+from utils.config import Config, ConfigError, ModelConfig, VideoConfig
+from utils.load_config import section
 
 log = logging.getLogger(__name__)
+
+# What the libraries raise for files that hold anything.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping, found {type(content).__name__}")
     return content
+
+
+def read_shape(path: Path) -> dict:
+    """The config.json of a Wan transformer. Raises `ConfigError` for what cannot be one."""
+    stored = read_json(path)
+    numbers = {item.name for item in fields(ModelConfig) if item.name in stored}
+    section(ModelConfig, str(path), {name: stored[name] for name in numbers})
+    if stored.get("patch_size", WAN_PATCH_SIZE) not in (WAN_PATCH_SIZE, list(WAN_PATCH_SIZE)):
+        raise ConfigError(f"{path}: patch_size must be {list(WAN_PATCH_SIZE)}")
+    return stored
 
 
 def transformer_settings(config: Config) -> dict:
@@ -67,7 +81,7 @@ def transformer_settings(config: Config) -> dict:
     }
     if shape_file is not None and shape_file.is_file() and not model.random_init:
         known = inspect.signature(CausalWanModel.__init__).parameters
-        stored = {key: value for key, value in read_json(shape_file).items() if key in known}
+        stored = {key: value for key, value in read_shape(shape_file).items() if key in known}
         settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
     return settings | {
         "frames_per_chunk": config.video.frames_per_chunk,
@@ -83,9 +97,9 @@ def check_bundle(config: Config) -> None:
     """
     require_files(config)
     for name in ("vae", "text_encoder"):
-        weight_files(bundle_folder(config) / name)
+        check_weights(bundle_folder(config) / name)
     if not config.model.random_init:
-        weight_files(transformer_source(config))
+        check_weights(transformer_source(config))
     _check_sizes(config)
     _warn_of_untrained_size(config)
 
@@ -135,7 +149,17 @@ def vae_shape_of(folder: Path) -> VAEShape:
     stored = read_json(folder / "config.json")
     defaults = inspect.signature(AutoencoderKLWan.__init__).parameters  # older configs leave out what has a default
     names = ("z_dim", "scale_factor_temporal", "scale_factor_spatial")
-    return VAEShape(*(stored.get(name, defaults[name].default) for name in names))
+    shape = VAEShape(*(stored.get(name, defaults[name].default) for name in names))
+    if not all(isinstance(number, int) and 0 < number < 2**16 for number in astuple(shape)):
+        raise ConfigError(f"{folder / 'config.json'}: {', '.join(names)} are {astuple(shape)}, not positive numbers")
+    for name in ("latents_mean", "latents_std"):
+        values = stored.get(name, defaults[name].default)
+        finite = isinstance(values, list | tuple) and all(
+            isinstance(value, int | float) and math.isfinite(value) for value in values
+        )
+        if not finite or len(values) != shape.channels:
+            raise ConfigError(f"{folder / 'config.json'}: {name} is not a list of {shape.channels} (z_dim) numbers")
+    return shape
 
 
 def _check_sizes(config: Config) -> None:
@@ -224,16 +248,17 @@ def load_text_encoder(
     folder = bundle_folder(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more special
         raise CheckpointError(f"{folder / 'tokenizer'}: no tokenizer ({_first_line(error)})") from error
     return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
 
 
 def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
     """`from_pretrained`, but strict: the libraries only warn about parameters that are missing or left over."""
+    check_weights(folder)
     try:
         model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[problem])):

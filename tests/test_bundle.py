@@ -167,7 +167,7 @@ def test_missing_transformer(configure, bundle, tmp_path):
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("vae", {"z_dim": 16}, "the VAE has 16 latent channels, the transformer 4"),
+        ("vae", {"z_dim": 1, "latents_mean": [0], "latents_std": [1]}, "the VAE has 1 latent channels, .* 4"),
         ("text_encoder", {"d_model": 4096}, "the text encoder is 4096 wide, the transformer expects 16"),
         ("vae", {"scale_factor_spatial": 16}, "`video.width` is 48: must be a multiple of 32"),
     ],
@@ -190,7 +190,7 @@ def test_library_models_load_strictly(configure, bundle, part, load):
     with pytest.raises(CheckpointError, match="does not fit .*: 1 missing_keys, first"):
         load(configure(), CPU, torch.float32)
     file.write_bytes(b"no")
-    with pytest.raises(CheckpointError, match=f"{part}: not a "):
+    with pytest.raises(CheckpointError, match=f"{part}/.*: not a "):
         load(configure(), CPU, torch.float32)
 
 

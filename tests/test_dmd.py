@@ -280,7 +280,8 @@ def test_a_teacher_of_nans_stops_the_run_and_moves_nothing(root, tmp_path):
 def test_what_a_run_lacks_is_found_before_anything_is_loaded(root, tmp_path, change, message):
     WanTransformer3DModel(**{**SCORE, "in_channels": 6}, num_layers=1).save_pretrained(tmp_path / "score")
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text('{"z_dim": 7}')
+    statistics = {"latents_mean": [0] * 7, "latents_std": [1] * 7}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"z_dim": 7, **statistics}))
     places = {"OTHER": tmp_path / "score", "OTHER_VAE": tmp_path / "vae"}
     config = settings(root, "dmd", [f"{key}={places.get(value, value)}" for key, value in change.items()])
     with pytest.raises(ConfigError, match=message):

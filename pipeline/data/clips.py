@@ -178,7 +178,10 @@ class LatentClips:
         self.records, self.made_by = self._shards.records, self._shards.plan
         if not self.records:
             raise ConfigError(f"data folder {folder} holds no clips: all its shards are empty")
-        self.captions = [record["caption"] for record in self.records]
+        try:
+            self.captions = [record["caption"] for record in self.records]
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"data folder {folder}: a record has no caption; write it again: {COMMAND}") from error
         self.shape: tuple[int, int, int, int] = tuple(self[0].shape)
 
     def __len__(self) -> int:

@@ -54,11 +54,20 @@ def read_plan(folder: Path, kind: str, command: str) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         found = plan["kind"], plan["format"], plan["shards"]
+        if found[2] is not None and not (isinstance(found[2], int) and 0 <= found[2] < 10**9):
+            raise ValueError(f"`shards` is {found[2]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}): remove the folder and write it again: {command}") from error
     if found[:2] != (kind, FORMAT):
         raise ConfigError(f"folder {folder} holds {found[0]} in format {found[1]}, not {kind} in format {FORMAT}")
-    return plan
+    return _Plan(plan)
+
+
+class _Plan(dict):
+    """Raises `ConfigError` for what it lacks."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ConfigError(f"{PLAN} of {self['kind']} is damaged, it has no `{key}`: write the folder again")
 
 
 def _refuse_older(folder: Path, command: str) -> None:
@@ -72,10 +81,11 @@ def read_notes(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as shard:
             notes, names = json.loads(shard.metadata()["notes"]), list(shard.keys())
             rows = shard.get_slice("ends" if "ends" in names else names[0]).get_shape()[0]
+        count = len(notes["records"])
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable shard ({error}); remove it and write it again") from error
-    if rows != len(notes["records"]):
-        raise ConfigError(f"{path}: {rows} samples but {len(notes['records'])} records; remove it and write it again")
+    if rows != count:
+        raise ConfigError(f"{path}: {rows} samples but {count} records; remove it and write it again")
     return notes
 
 

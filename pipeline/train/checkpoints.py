@@ -157,9 +157,11 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 def read_info(checkpoint: Path) -> dict[str, Any]:
     """What `Checkpoints.save` was given as `info`. Raises `ConfigError` for a folder that is no checkpoint."""
     try:
-        return json.loads((checkpoint / _INFO).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        info = json.loads((checkpoint / _INFO).read_text())
+        info["step"], info["stage"], info["roles"], info["models"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"checkpoint {checkpoint}: no readable {_INFO} there; name a folder {_PREFIX}N") from error
+    return info
 
 
 def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:

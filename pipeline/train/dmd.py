@@ -22,7 +22,7 @@ from torch import nn
 from model.cache.cache import CacheLayout
 from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import read_json, transformer_settings, vae_shape_of
+from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
 from pipeline.data.vae_clip import normalise
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
@@ -72,7 +72,7 @@ class DMDStage(GeneratorStage):
         for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
             if path is None and (config.model.random_init or key == "dmd.critic"):
                 continue  # a random one of the student's shape; the teacher's
-            settings = read_json(need_folder(path, key, "a WanTransformer3DModel") / "config.json")
+            settings = read_shape(need_folder(path, key, "a WanTransformer3DModel") / "config.json")
             for name in ("in_channels", "text_dim"):
                 own = settings.get(name, _WAN_SETTINGS[name].default)
                 if own != student[name]:
@@ -83,7 +83,7 @@ class DMDStage(GeneratorStage):
     def trained(cls, config: Config) -> list[nn.Module]:
         key = "dmd.critic" if config.dmd.critic is not None else "dmd.teacher"
         folder = need_folder(config.dmd.critic or config.dmd.teacher, key, "a WanTransformer3DModel")
-        return [*super().trained(config), WanTransformer3DModel.from_config(read_json(folder / "config.json"))]
+        return [*super().trained(config), WanTransformer3DModel.from_config(read_shape(folder / "config.json"))]
 
     def __init__(self, config: Config, device: torch.device, world: World):
         self.config = config

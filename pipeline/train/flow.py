@@ -17,7 +17,7 @@ from torch import nn
 
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import random_model, read_json, transformer_settings, vae_shape_of
+from pipeline.bundle import random_model, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.rollout import Prompts
 from pipeline.train.generator import GeneratorStage
@@ -277,6 +277,6 @@ def _fresh_settings(config: Config, channels: int, text_dim: int) -> dict[str, A
 def _sized(kind: type[WanTransformer3DModel], config: Config) -> WanTransformer3DModel:
     if config.train.init_from is not None:
         folder = need_folder(config.train.init_from, "train.init_from", "a transformer")
-        return WanTransformer3DModel.from_config(read_json(folder / "config.json"))
+        return WanTransformer3DModel.from_config(read_shape(folder / "config.json"))
     channels = vae_shape_of(vae_folder(config)).channels
     return random_model(kind, _fresh_settings(config, channels, config.model.text_dim), config.seed)

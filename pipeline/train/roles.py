@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
-from pipeline.bundle import load_transformer, random_model, read_json, transformer_settings, vae_shape_of
+from pipeline.bundle import load_transformer, random_model, read_shape, transformer_settings, vae_shape_of
 from pipeline.sources import transformer_source
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder, vae_folder
 from utils.config import Config, ConfigError
@@ -87,7 +87,7 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
         return prepare(random_model(WanTransformer3DModel, dict(student.config), config.seed), config, device, dtype)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     if config.model.random_init and not any(folder.glob("*.safetensors*")):
-        model = random_model(WanTransformer3DModel, read_json(folder / "config.json"), config.seed)
+        model = random_model(WanTransformer3DModel, read_shape(folder / "config.json"), config.seed)
     else:
         model = load_wan(path, key, dtype)
     if model.config.in_channels != student.config.in_channels:

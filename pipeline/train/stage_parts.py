@@ -106,10 +106,10 @@ class TextConditioning:
         folder = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto", local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"setting `train.text_from` is {folder}: no text encoder there ({reason})") from error
+        except Exception as error:  # tokenizers raises nothing more special
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"setting `train.text_from` is {folder}: no tokenizer there ({reason})") from error
+        encoder = load_library_model(UMT5EncoderModel, folder / "text_encoder", "auto")
         if config.train.text_placement == TextPlacement.device:
             encoder = encoder.float().to(device)
         encoder = encoder.requires_grad_(False).eval()
@@ -214,7 +214,7 @@ class LatentData:
         if data.kind == "latents":  # stills are there, or are the first frames of clips
             folders = {name: folder for name, folder in folders.items() if name == "clips" or folder.is_dir()}
         if data.kind == "sprites":
-            vae = channels_last(AutoencoderKLWan.from_pretrained(encoder).eval().to(device))
+            vae = channels_last(load_library_model(AutoencoderKLWan, encoder, torch.float32).to(device))
             vae_hash = content_hash(encoder)
             for name, folder in folders.items():
                 source = sources[name]
