@@ -99,11 +99,16 @@ class LayerMemory:
         mid_tokens: archived chunks whose K, V are made anew, with gradient; None: the archived K, V are taken.
         new_mid: the chunk's own compressed tokens, M = 1.
         text_kv: memo of the prompts' K, V.
+        leaves: whether the chunk's K, V are wanted.
         is_small: the tokens are those of a compressed chunk, in place of the chunk.
         selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
         mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
         left: filled by the forward; stays None where a hook skips the layer's attention.
         mid_tokens_out, new_mid_out: for the next layer, where they pass through the blocks.
+
+    Attributes:
+        placed, text_pair: the same as plain tensors, where an earlier forward has settled them; all that a compiled
+            block then reads.
     """
 
     layer: int
@@ -111,6 +116,7 @@ class LayerMemory:
     mid_tokens: MidTokens | None = None
     new_mid: MidTokens | None = None
     text_kv: TextKV | None = None
+    leaves: bool = True
     is_small: bool = False
     selected: torch.Tensor | None = None
     mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -118,9 +124,21 @@ class LayerMemory:
     mid_tokens_out: MidTokens | None = None
     new_mid_out: MidTokens | None = None
 
-    @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
+    def __post_init__(self) -> None:
+        self.placed = None if self.context is None or self.is_small else self.context.placed(self.layer)
+        self.text_pair = self.text_kv[self.layer] if self.text_kv is not None and self.layer in self.text_kv else None
+
     def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""
+        if self.placed is None or not torch.compiler.is_compiling():
+            return self._with_history(attn, query, rotated_key, value)
+        keys, values, own = self.placed
+        keys.index_copy_(1, own, rotated_key.type_as(keys))
+        values.index_copy_(1, own, value.type_as(values))
+        return keys.type_as(query), values.type_as(query)
+
+    @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
+    def _with_history(self, attn, query, rotated_key, value):
         if self.selected is None:
             self.selected = self.context.select(self.layer, query)
         if self.is_small:
@@ -138,13 +156,18 @@ class LayerMemory:
     def leave(self, attn, query, key, value) -> None:
         """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens where
         the layer projects them."""
+        if not self.leaves:
+            return
         projected = self.new_mid is not None and self.new_mid.frames is None
         mid_key, mid_value = project(attn, self.new_mid.hidden[:, 0], "kv") if projected else (None, None)
         self.left = LayerKV(query if self.context.keeps_query else None, key, value, mid_key, mid_value)
 
-    @torch.compiler.disable
     def text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of the prompts [B, text_len, dim]: [B, text_len, heads, D] each."""
+        return self.text_pair or self._text(attn, text)
+
+    @torch.compiler.disable
+    def _text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if self.layer not in self.text_kv:
             self.text_kv[self.layer] = project(attn, text, "kv")
         return self.text_kv[self.layer]

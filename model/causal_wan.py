@@ -199,7 +199,7 @@ class CausalWanModel(WanTransformer3DModel):
         for layer, block in enumerate(self.blocks):
             memory = None
             if context is not None or text_kv is not None:
-                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv)
+                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv, return_kv)
             arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)  # [B, L, dim]

@@ -6,6 +6,7 @@ from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, FORWARD, IDENTITY, PER_FOR
 from toy import randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import clip_mask
+from model.block import TextKV
 from model.cache.context import ChunkContext
 from model.rope import Rotation, chunk_rotation, shift_in_time
 from utils.config import CacheKind
@@ -92,7 +93,7 @@ def state(cache):
                 walk(item, f"{path}[{i}]")
         elif hasattr(value, "__dict__") and id(value) not in seen:
             seen.add(id(value))
-            scratch = {"buffers", "starts", "_placed", "_mid_for", "_held"}
+            scratch = {"buffers", "starts", "_placed", "mid_for", "_held"}
             walk({key: item for key, item in vars(value).items() if key not in scratch}, path)
         else:
             found[path] = repr(value)
@@ -206,6 +207,35 @@ def test_latents_must_be_those_the_cache_is_for():
         model(toy_chunk(2, latent=(12, 8)), step, toy_prompt(), context=context)
     with pytest.raises(ValueError, match="6 latent frames do not fit chunks of 3"):
         model(toy_chunk(2, frames=6), step, toy_prompt(), context=context)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {**ABSOLUTE, "recent": 2}], ids=str)
+def test_a_cached_step_compiles_whole_and_once(settings):
+    """After a chunk's first forward blocks see plain tensors of constant shapes: no break, nothing compiled anew."""
+    model, cache, _ = make(settings)
+    expected, _ = roll(model, cache, 10, steps=(900.0, 400.0))
+    graphs, text_kv = [], TextKV()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    blocks = [block.forward for block in model.blocks]
+    whole = [torch.compile(forward, backend=backend, fullgraph=True) for forward in blocks]
+    cache.reset()
+    for index in range(10):
+        context = cache.context()
+        for kind, step in enumerate((900.0, 400.0), start=1):
+            for block, eager, compiled in zip(model.blocks, blocks, whole, strict=True):
+                block.forward = compiled if kind == 2 and index > 5 else eager
+            flow = forward(model, cache, context, index, step, kind, return_kv=False, text_kv=text_kv).sample
+            torch.testing.assert_close(flow, expected[2 * index + kind - 1], atol=1e-5, rtol=0)
+        for block, eager in zip(model.blocks, blocks, strict=True):
+            block.forward = eager
+        cache.commit(forward(model, cache, context, index, 0.0, 0).kv, context)
+    assert len(graphs) == 1, "a block or a chunk was compiled anew"
 
 
 # --- gradients ---

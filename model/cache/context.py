@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from model.cache.positions import Parts
+from model.cache.positions import Parts, Times
 from model.cache.selection import Candidates, affinity
 from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
@@ -65,6 +65,7 @@ class ChunkContext:
         self._selection: dict[int, torch.Tensor] = {}
         self._frozen: dict[tuple[int, bool], _Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None
+        self._own: torch.Tensor | None = None
         self._selected_at = self.chunk
         made_for, previous = cache._last_selection
         lasts = config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval
@@ -169,12 +170,30 @@ class ChunkContext:
         self.check_current()
         if self.chunk == 0:
             return key, value
-        cache, slots = self.cache, len(self.sink) + len(self.recent) + 1
-        self._place(layer)
-        if selected.shape[1]:
-            self._place_mid(layer, selected, slots)
-        own, mid_tokens = cache.layout.slot(self.chunk), selected.shape[1] * cache.mid_tokens
-        return cache.layers[layer].attend(own, slots, mid_tokens, key, value)
+        cache, mid = self.cache, (selected, self.times) if selected.shape[1] else None
+        workspace, own = cache.layers[layer], cache.layout.slot(self.chunk)
+        if not workspace.in_place(self.chunk, mid):
+            self._place(layer, mid)
+        return workspace.attend(own, self._slots, selected.shape[1] * cache.mid_tokens, key, value)
+
+    @property
+    def _slots(self) -> int:
+        return len(self.sink) + len(self.recent) + 1
+
+    def placed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """For a forward without gradient after the chunk's first: the layer's K, V [B, history + n, heads, D] in place,
+        and where the chunk's own n tokens go, int64 [n]. None where they have to be placed or put together first."""
+        layers, selected = self.cache.layers, self._selection.get(layer)
+        if torch.is_grad_enabled() or not self._is_current or not layers or selected is None:
+            return None
+        workspace, mid = layers[layer], (selected, self.times) if selected.shape[1] else None
+        if not workspace.stays or not workspace.in_place(self.chunk, mid):
+            return None
+        if self._own is None:
+            tokens = self.cache.geometry.tokens
+            start = self.cache.layout.slot(self.chunk) * tokens
+            self._own = torch.arange(start, start + tokens, device=workspace.keys.device)
+        return *workspace.prefix(self._slots, selected.shape[1] * self.cache.mid_tokens), self._own
 
     def small_rotation(self, device: torch.device) -> Rotation:
         """Rotation of the chunk's compressed tokens, in the chunk's place."""
@@ -202,17 +221,15 @@ class ChunkContext:
         )
 
     @timed("select_rotate")
-    def _place(self, layer: int) -> None:
-        layout = self.cache.layout
+    def _place(self, layer: int, mid: tuple[torch.Tensor, Times] | None = None) -> None:
+        """Place history and, where `mid` names selection and times, the mid part."""
+        layout, workspace = self.cache.layout, self.cache.layers[layer]
         starts = [(layout.slot(chunk), start) for chunk, start in self.history_starts()]
-        self.cache.layers[layer].place(self.chunk, layout.slot(self.chunk), starts)
-
-    @timed("select_rotate")
-    def _place_mid(self, layer: int, selected: torch.Tensor, slots: int) -> None:
-        workspace = self.cache.layers[layer]
-        if not workspace.holds_mid(selected, self.times):
-            kept = self._archived_kv(layer, selected)
-            workspace.place_mid(slots, *kept, self._mid_rotation(selected, workspace.keys.device))
+        workspace.place(self.chunk, layout.slot(self.chunk), starts)
+        if mid is not None:
+            rotation = self._mid_rotation(mid[0], workspace.keys.device)
+            workspace.place_mid(self._slots, *self._archived_kv(layer, mid[0]), rotation)
+            workspace.mid_for = mid
 
     def _archived_kv(self, layer: int, selected: torch.Tensor):
         """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own, as they are kept."""

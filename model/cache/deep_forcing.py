@@ -106,6 +106,9 @@ class DeepForcingContext(ChunkContext):
         values[:, :count], values[:, count:] = history.values, value
         return keys, values
 
+    def placed(self, layer: int) -> None:
+        """Nothing stays in place."""
+
     def gathered(self, tokens: Tokens, selected: torch.Tensor) -> Tokens:
         """What is attended of the tokens held."""
         per_frame, samples = self.cache.geometry.tokens_per_frame, torch.arange(len(selected))[:, None]

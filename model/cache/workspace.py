@@ -63,7 +63,12 @@ class Workspace:
         tokens: n.
         mid_tokens: k * N_c at most.
         buffers: to be used in place of its own.
+
+    Attributes:
+        stays: whether what is in place stays so between forwards.
     """
+
+    stays = True
 
     def __init__(self, slots: int | None, tokens: int, mid_tokens: int, buffers: Buffers | None = None):
         self.slots, self.tokens, self.mid_tokens = slots, tokens, mid_tokens
@@ -71,7 +76,7 @@ class Workspace:
         self.starts: dict[int, float] = {}  # slot -> time its keys are rotated to
         self.mean_queries: dict[int, torch.Tensor] = {}  # slot -> [B, h, D], where the queries of recent chunks score
         self._placed: int | None = None  # chunk that the history was last placed for
-        self._mid_for: tuple[object, object] = (None, None)
+        self.mid_for: tuple[object, object] = (None, None)  # selection and times that the mid part is placed for
         self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # chunk -> what a forward still reads
 
     @property
@@ -113,14 +118,12 @@ class Workspace:
                 held.key, held.value, held.is_copy = held.key.clone(), held.value.clone(), True
 
     def place(self, chunk: int, own: int, starts: Sequence[tuple[int, float]]) -> None:
-        """Turn the history to the times that it has for `chunk`: at its first forward, the others find it so.
+        """Turn the history to the times that it has for `chunk`; only its first forward has something to do.
 
         Args:
             own: slot that the chunk's own K, V will go to.
             starts: (slot, time) of every full-resolution chunk of the history.
         """
-        if chunk == self._placed:
-            return
         for slot, start in starts:
             if self.starts[slot] != start:
                 self._let_go(slot)
@@ -129,10 +132,9 @@ class Workspace:
         self._let_go(own)
         self._placed = chunk
 
-    def holds_mid(self, selected: torch.Tensor, times: object) -> bool:
-        """Whether the mid part is that of this very selection, at these times; if not, it is about to be."""
-        held, self._mid_for = self._mid_for, (selected, times)
-        return held[0] is selected and held[1] == times
+    def in_place(self, chunk: int, mid: tuple[torch.Tensor, object] | None) -> bool:
+        """Whether the history is placed for `chunk`, and the mid part for this very selection at these times."""
+        return chunk == self._placed and (mid is None or (self.mid_for[0] is mid[0] and self.mid_for[1] == mid[1]))
 
     def place_mid(self, slots: int, key: Kept, value: Kept, rotation: Rotation) -> None:
         """Un-rotated K, and V, [B, k * N_c, heads, D] behind `slots` full-resolution chunks."""
@@ -145,8 +147,13 @@ class Workspace:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K (rotated), V of the current chunk, [B, n, heads, D] each, go to slot `own`; what lies in `slots` chunks and
         the mid part behind them, [B, slots * n + mid_tokens, heads, D]."""
-        where, end = slice(own * self.tokens, (own + 1) * self.tokens), slots * self.tokens + mid_tokens
+        where = slice(own * self.tokens, (own + 1) * self.tokens)
         self.keys[:, where], self.values[:, where] = key, value
+        return self.prefix(slots, mid_tokens)
+
+    def prefix(self, slots: int, mid_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, V [B, slots * n + mid_tokens, heads, D] as they lie, to read and to write."""
+        end = slots * self.tokens + mid_tokens
         return self.keys[:, :end], self.values[:, :end]
 
 
@@ -159,6 +166,8 @@ class PackedWorkspace(Workspace):
         sink: chunks of the sink part.
         precision: of the sink part, a name of `PRECISIONS`; None: that of the model. The mid part comes as it is kept.
     """
+
+    stays = False
 
     def __init__(self, *sizes, buffers: Buffers, sink: int, precision: str | None):
         super().__init__(*sizes, buffers)
