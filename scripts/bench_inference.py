@@ -16,9 +16,8 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict
-from pathlib import Path
 
-from utils.cli import answer_typos, run_command
+from utils.cli import answer_typos, config_parser, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -32,13 +31,13 @@ from model.attention import attend
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.schedule import WAN_SHIFT
-from pipeline.bundle import load_scheduler, load_vae
+from pipeline.bundle import load_scheduler, load_text_encoder, load_vae
 from pipeline.generate.inference import Runtime, load_model, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.text import encode_text
 from utils.config import Config, ConfigError
-from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
 
 PARTS = ("denoise", "commit", "select_rotate", "compress")  # the last two are inside the first two
@@ -108,21 +107,15 @@ def vae_seconds(vae: AutoencoderKLWan, latents: torch.Tensor, chunks: int) -> fl
     return statistics.median(times[1:])
 
 
-def text_seconds(config: Config, device: torch.device) -> float | None:
+def text_seconds(config: Config, runtime: Runtime) -> float | None:
     """Seconds to encode one prompt; None where there is no bundle with a text encoder."""
     if config.model.bundle is None:
         return None
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    from pipeline.text import encode_text
-
-    folder = Path(config.model.bundle)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(device).eval()
+    tokenizer, encoder = load_text_encoder(config, runtime.device, runtime.dtype)
     encode_text(tokenizer, encoder, ["a first call to warm up"], config.model.text_len)
     start = time.perf_counter()
     encode_text(tokenizer, encoder, ["a red circle bounces over a blue checkerboard"], config.model.text_len)
-    synchronise(device)
+    synchronise(runtime.device)
     return time.perf_counter() - start
 
 
@@ -159,7 +152,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
 
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     seconds["vae"] = vae_seconds(pipe.vae, latents.to(device), vae_chunks) if vae_chunks else None
-    seconds["encode"] = text_seconds(config, device)
+    seconds["encode"] = text_seconds(config, runtime)
     frames = config.video.frames_per_chunk * 4
     chunk_seconds = statistics.median(chunk_times)
     half = len(chunk_times) // 2
@@ -193,10 +186,9 @@ def print_table(result: dict) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.chunks < 1:
         raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
-    config = load_config(arguments.config_path, arguments.overrides)
     if config.model.bundle is None and not config.model.random_init:
         raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
     result = bench(config, arguments.chunks, arguments.vae_chunks)
@@ -205,13 +197,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True)
+    parser = config_parser(__doc__)
     parser.add_argument("--chunks", type=int, default=12, help="timed chunks, at least 10 for a figure to report")
     parser.add_argument("--vae_chunks", type=int, default=2, help="chunks decoded to time the VAE; 0: none")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: run(arguments))
+    return run_configured(parser, argv, run)
 
 
 if __name__ == "__main__":

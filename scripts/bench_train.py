@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.cli import answer_typos, run_command
+from utils.cli import answer_typos, config_parser, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -41,7 +41,6 @@ from pipeline.train.trainer import Trainer
 from scripts.stand_ins import stand_ins
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
-from utils.load_config import load_config
 from utils.timing import Stopwatch, device_name, peak_memory
 
 ROLES = ("critic", "generator")
@@ -180,10 +179,9 @@ def print_table(result: dict[str, Any]) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
-    config = load_config(arguments.config_path, arguments.overrides)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with rank() as (device, world), tempfile.TemporaryDirectory() as folder:
@@ -196,13 +194,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True)
+    parser = config_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps per step of the sampler")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    return run_command(lambda: run(arguments))
+    return run_configured(parser, argv, run)
 
 
 if __name__ == "__main__":

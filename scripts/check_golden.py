@@ -24,7 +24,8 @@ from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan, wan_to_diffusers
 from model.schedule import FlowMatchSchedule
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
-from utils.config import CacheConfig, CacheKind, CompressorConfig, Refresh, SizeUnit
+from utils.cli import run_command
+from utils.config import CacheConfig, CacheKind, CompressorConfig, ConfigError, Refresh, SizeUnit
 
 GRADIENT_TOLERANCE = 1e-3  # relative to the recorded tensor's maximum
 DMD_SHIFT, DMD_STEPS, DMD_GUIDANCE = 5.0, [1000, 750, 500, 250], 3.0
@@ -57,12 +58,7 @@ class Golden:
             "attention_head_dim": dims["dim"] // dims["num_heads"],
             "in_channels": dims["in_dim"],
             "out_channels": dims["out_dim"],
-            "text_dim": dims["text_dim"],
-            "freq_dim": dims["freq_dim"],
-            "ffn_dim": dims["ffn_dim"],
-            "num_layers": dims["num_layers"],
-            "cross_attn_norm": dims["cross_attn_norm"],
-            "eps": dims["eps"],
+            **{key: dims[key] for key in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")},
         }
 
     def bidirectional(self) -> WanTransformer3DModel:
@@ -247,20 +243,22 @@ def check(folder: Path, tolerance: float) -> dict:
     return {"cases": cases, "worst": worst, "failed": failed}
 
 
+def run(folder: Path, tolerance: float) -> int:
+    if not (folder / "meta.json").is_file():
+        raise ConfigError(f"no meta.json in {folder}: give a folder of recorded values")
+    result = check(folder, tolerance)
+    if not result["cases"]:
+        raise ConfigError(f"no recorded case found in {folder}")
+    print(json.dumps(result))
+    return 1 if result["failed"] else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed max abs error")
     arguments = parser.parse_args(argv)
-    if not (arguments.folder / "meta.json").is_file():
-        print(f"check_golden: no meta.json in {arguments.folder}; give a folder of recorded values", file=sys.stderr)
-        return 2
-    result = check(arguments.folder, arguments.tolerance)
-    if not result["cases"]:
-        print(f"check_golden: no recorded case found in {arguments.folder}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
-    return 1 if result["failed"] else 0
+    return run_command(lambda: run(arguments.folder, arguments.tolerance))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ writes what is missing.
 import argparse
 import sys
 
-from utils.cli import run_command
-from utils.config import ConfigError
-from utils.load_config import load_config
+from utils.cli import config_parser, run_configured
+from utils.config import Config, ConfigError
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(config: Config, arguments: argparse.Namespace) -> None:
     """Write the shards that are missing. Raises `ConfigError`."""
-    config = load_config(arguments.config_path, arguments.overrides)
     if config.ode.path is None:
         raise ConfigError("setting `ode.path` is not set: name the folder to write trajectories to")
     import torch  # heavy, like what follows: after what can be checked without them
@@ -48,11 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True, help="YAML of the stage")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example ode.path=runs/pairs")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_command(lambda: run(arguments))
+    return run_configured(config_parser(__doc__), argv, run)
 
 
 if __name__ == "__main__":

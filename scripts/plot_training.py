@@ -98,7 +98,7 @@ def draw(axis: plt.Axes, title: str, curves: Curves, logarithmic: bool) -> None:
 
 
 def plot(runs: list[Path], output: Path) -> None:
-    """Write the picture. Raises `ConfigError`."""
+    """Write the picture and print where. Raises `ConfigError`."""
     logs = {run: read_log(run) for run in runs}
     chosen = {run: {title: choose(logs[run], names) for title, (names, _) in PANELS.items()} for run in runs}
     titles = [title for title in PANELS if any(chosen[run][title] for run in runs)]
@@ -116,6 +116,7 @@ def plot(runs: list[Path], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=80)
     plt.close(figure)
+    print(output)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,13 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument("--output", type=Path, help="picture to write; by default training.png in the first run")
     options = parser.parse_args(arguments)
-    output = options.output or options.runs[0] / "training.png"
-
-    def run() -> None:
-        plot(options.runs, output)
-        print(output)
-
-    return run_command(run)
+    return run_command(lambda: plot(options.runs, options.output or options.runs[0] / "training.png"))
 
 
 if __name__ == "__main__":

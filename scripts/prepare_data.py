@@ -29,7 +29,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from utils.cli import answer_typos, run_command
+from utils.cli import answer_typos, config_parser, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -47,7 +47,6 @@ from pipeline.data.videos import VideoClips, list_videos
 from pipeline.train.stage_parts import vae_folder
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
-from utils.load_config import load_config
 
 log = logging.getLogger(__name__)
 NOT_SOUND = 1
@@ -106,10 +105,9 @@ def check(config: Config) -> int:
     return NOT_SOUND if found["problems"] else 0
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.text_batch < 1:
         raise ConfigError(f"--text_batch is {arguments.text_batch}: must be at least 1")
-    config = load_config(arguments.config_path, arguments.overrides)
     if arguments.check:
         return check(config)
     if arguments.videos is None and config.data.text_embeddings is None:
@@ -120,16 +118,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True, help="YAML of the stage that will be trained")
+    parser = config_parser(__doc__)
     parser.add_argument("--videos", help="folder of videos")
     parser.add_argument("--captions", help=".csv or .jsonl; without it, a .txt beside each video")
     parser.add_argument("--prompts", help="file of prompts to embed, in place of the prompts of `data`")
     parser.add_argument("--text_batch", type=int, default=8, help="prompts embedded at once, padded to the longest")
     parser.add_argument("--check", action="store_true", help="read and report what is there; write nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example data.path=data/x")
-    arguments = parser.parse_intermixed_args(argv)
-    return run_command(lambda: run(arguments))
+    return run_configured(parser, argv, run)
 
 
 if __name__ == "__main__":

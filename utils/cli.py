@@ -1,13 +1,13 @@
 """The one place where a program's errors become one line and an exit status.
 
     def main(argv: list[str] | None = None) -> int:
-        arguments = parse_arguments(argv)
-        return run_command(lambda: work(arguments))
+        return run_configured(config_parser(__doc__), argv, run)  # run(config, arguments)
 
 Exit status: 0 done; 2 a mistake of the user's (settings, files, the command line) or of the system (disk full, no
 permission); an error's own `exit_status` where it has one; 128 + n after signal n, as shells count.
 """
 
+import argparse
 import logging
 import re
 import signal
@@ -18,6 +18,9 @@ from contextlib import contextmanager, suppress
 
 import yaml
 from safetensors import SafetensorError
+
+from utils.config import Config
+from utils.load_config import load_config
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +99,25 @@ def run_command(command: Callable[[], int | None]) -> int:
         return status
 
 
+def config_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a program that takes `--config_path` and `key=value`s, its docstring as help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config_path", required=True, help="YAML of settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example cache.top_k=4")
+    return parser
+
+
+def run_configured(
+    parser: argparse.ArgumentParser, argv: list[str] | None, run: Callable[[Config, argparse.Namespace], int | None]
+) -> int:
+    """`run_command` of `run` with the config and arguments that `config_parser` was given."""
+    arguments = parser.parse_intermixed_args(argv)
+    return run_command(lambda: run(load_config(arguments.config_path, arguments.overrides), arguments))
+
+
 def answer_typos() -> None:
     """Leave where `--config_path` or a `key=value` in sys.argv is wrong; for the top of a script whose imports take
     seconds. What follows a flag may be its value, and is left to the script."""
-    from utils.load_config import load_config
-
     before, paths, overrides = "", [], []
     for argument in sys.argv[1:]:
         if before == "--config_path" or argument.startswith("--config_path="):
