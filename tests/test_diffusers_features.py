@@ -6,11 +6,13 @@ import accelerate
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from peft import LoraConfig
 from safetensors.torch import save_file
 from test_kv_cache import make, roll
 from toy import DIMS, randomize, toy_chunk, toy_prompt
 
+from model.attention import CausalWanAttnProcessor
 from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan
 
@@ -170,11 +172,28 @@ def test_compiled_blocks():
 
 
 @pytest.mark.slow
-def test_blocks_compiled_by_inductor():
+def test_compiled_as_a_whole():
+    """In all three uses; no chunk after the first few compiles anything anew, and no layer after the first."""
     model, cache, _ = make({})
     expected = outputs(model, cache)
     torch._dynamo.reset()
-    model.compile_repeated_blocks()
+    model.compile(backend="eager")
+    counts = torch._dynamo.utils.counters["stats"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(*INPUTS).sample, CausalWanModel.forward(model, *INPUTS).sample)
+    assert_alike(model, cache, expected)
+    before = counts["unique_graphs"]
+    roll(model, cache, 6)
+    assert counts["unique_graphs"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+def test_compiled_by_inductor(part):
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    torch._dynamo.reset()
+    model.compile_repeated_blocks() if part == "blocks" else model.compile()
     assert_alike(model, cache, expected, atol=5e-5)
 
 
@@ -185,6 +204,7 @@ def test_layerwise_casting():
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
     assert model.blocks[0].attn1.norm_q.weight.dtype == torch.float32
+    assert {weight.dtype for weight in model.pack_compressor.parameters()} == {torch.float32}
     for out, wanted in zip(outputs(model, cache), expected, strict=True):
         assert 0 < (out - wanted).square().mean().sqrt() < 0.3 * wanted.square().mean().sqrt()
 
@@ -211,3 +231,33 @@ def test_attention_backend_by_name():
     expected = outputs(model, cache)
     model.set_attention_backend("_native_math")
     assert_alike(model, cache, expected)
+
+
+class CountingProcessor(CausalWanAttnProcessor):
+    calls = 0
+
+    def __call__(self, *arguments, **settings):
+        self.calls += 1
+        return super().__call__(*arguments, **settings)
+
+
+def test_attention_goes_through_the_processors_that_are_set():
+    model, cache, _ = make({})
+    expected = outputs(model, cache)
+    processor, forwards = CountingProcessor(), []
+    model.set_attn_processor(processor)
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    assert_alike(model, cache, expected, atol=0)
+    assert processor.calls == 2 * 2 * len(forwards) > 0  # two layers, self and cross
+    model.set_attn_processor(WanAttnProcessor())  # diffusers' own: serves clips
+    with torch.no_grad():
+        clip = model(*INPUTS, clean_hidden_states=toy_chunk(1, frames=6)).sample
+    torch.testing.assert_close(clip, expected[0], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="processor WanAttnProcessor cannot read a chunk's history"):
+        roll(model, cache, 6)
+
+
+def test_every_block_is_built_once(monkeypatch):
+    built, construct = [], WanTransformerBlock.__init__
+    monkeypatch.setattr(WanTransformerBlock, "__init__", lambda *a, **k: (built.append(1), construct(*a, **k))[1])
+    assert len(make({})[0].blocks) == len(built) == 2
