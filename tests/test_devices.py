@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from toy import LATENT, TEXT_DIM, toy_config, toy_model
 
 from model import rope
-from model.cache import context
+from model.cache import selection
 from model.cache.cache import PackCache
 from pipeline.generate.inference import resolve_runtime
 from pipeline.generate.rollout import Prompts, Rollout
@@ -41,14 +41,18 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "cache", [{}, {"query_scope": "recent+current"}, {"temporal": "absolute"}, {"temporal": "fit"}], ids=str
+    "kind, cache",
+    [
+        ("few_step", {}),
+        ("few_step", {"query_scope": "recent+current", "temporal": "absolute"}),
+        ("euler", {"temporal": "fit"}),
+    ],
 )
-@pytest.mark.parametrize("kind", ["few_step", "euler"])
 def test_no_float64_on_a_device_without_it(kind, cache, monkeypatch):
     """The meta device plays one: it runs no kernel, but every operation names its dtype."""
     monkeypatch.setattr(rope, "WITHOUT_FLOAT64", {"meta"})
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    monkeypatch.setattr(context, "top_chunks", lambda scores, ids, top_k: torch.tensor(ids[:top_k])[None])  # no values
+    monkeypatch.setattr(selection, "top_chunks", lambda scores, top_k: torch.arange(top_k)[None])  # no values there
     model = toy_model().to("meta")
     config = toy_config( archive_device="meta", **cache)
     sampler = SamplerConfig(kind=kind, num_steps=2, steps=[1000.0, 500.0], shift=5.0)

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import diffusers
 import transformers
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.bundle import VAEShape, check_bundle, vae_shape
 from pipeline.data.prompt_files import PromptItem
@@ -73,7 +74,8 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
                 pipe = load_pipeline(config, runtime)
                 log.info("encoding the prompts of %d videos", len(mine))
                 maker = VideoMaker(pipe, mine, weights, runtime)
-                failed = maker.make_all(mine, show_progress=world.is_main)
+                with logging_redirect_tqdm():  # messages above the bar, not in it
+                    failed = maker.make_all(mine, show_progress=world.is_main)
             failures = {name: why for part in from_all(failed, world) for name, why in part.items()}
     finally:
         leave_world(world)
