@@ -341,10 +341,12 @@ def test_training_may_follow_inference_mode():
     assert model.blocks[0].attn1.to_q.weight.grad.abs().max() > 0
 
 
-def test_recency_with_a_refresh_interval_trains_on_what_it_attends():
-    model, cache, _ = make({**RECENCY, "refresh_interval": 3})
+@pytest.mark.parametrize("selection", ["recency", "random"])
+def test_a_choice_without_queries_trains_on_what_it_attends(selection):
+    model, cache, _ = make({"selection": selection, "refresh_interval": 3})
     for index in range(8):
         context = cache.context()
+        assert len(context.archived_latents()[0]) <= 2 * model.config.num_layers
         loss_of(model, cache, context, index, train_compressor=True).backward()
         with torch.no_grad():
             cache.commit(forward(model, cache, context, index, 0.0, 0).kv, context)

@@ -152,7 +152,7 @@ def test_presets_attend_what_their_methods_do(name, full):
     counts = [report[part]["tokens"] // 6 for part in ("sink", "mid", "recent")]
     first = times.sink if counts[0] else times.now - counts[2]
     assert (*counts, times.now - first) == full
-    assert attended(cache, kv)[0] == sum(counts) * 6
+    assert cache.context().history_tokens() == attended(cache, kv)[0] == sum(counts) * 6
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from test_chunk_context import loss_of
 from test_kv_cache import attended, held_bytes, make, random_kv, roll
 from toy import randn, toy_config
 
+from model.cache.archive import copied_in_runs
 from model.cache.cache import PackCache
 from model.cache.precision import keep
 from model.geometry import ChunkGeometry
@@ -58,6 +59,14 @@ def test_no_other_copy_is_kept(name):
     kept = report["sink"]["bytes"] + report["mid"]["bytes"] + 2 * report["recent"]["bytes"]
     assert kept <= held_bytes(cache) - one_layer * full // layers <= 1.02 * kept
     assert held_bytes(archive._kv) == 7 * cache.mid_tokens * small
+
+
+@pytest.mark.parametrize("name", [None, "int8"])
+def test_runs_of_rows_are_copied_as_they_are_gathered(name):
+    kept, rows = keep(randn(2, 9, 3, 2, 8, seed=4), name), torch.tensor([[0, 1, 2, 5, 8], [3, 4, 8, 0, 1]])
+    found = copied_in_runs(kept, rows.tolist(), torch.device("cpu"))
+    wanted = kept[torch.arange(2)[:, None], rows]
+    assert torch.equal(found.restored(), wanted.restored()) and found.codes.dtype == kept.codes.dtype
 
 
 def test_training_attends_what_inference_does():

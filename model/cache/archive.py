@@ -101,9 +101,12 @@ class Archive:
         return self._means[layer]
 
     def gather(self, layer: int, numbers: torch.Tensor, device: torch.device) -> tuple[Kept, Kept]:
-        """K (un-rotated), V [B, k * N_c, heads, D] of the chunks `numbers` [B, k]: one copy a part."""
-        rows, samples = self._rows(numbers), torch.arange(len(numbers), device=self.device)[:, None]
-        return tuple(part[samples, rows].flatten_tokens().to(device) for part in self._kv[layer])
+        """K (un-rotated), V [B, k * N_c, heads, D] of the chunks `numbers` [B, k]."""
+        rows, kv = self._rows(numbers), self._kv[layer]
+        if self.device.type == "cpu" and device.type != "cpu":
+            return tuple(copied_in_runs(part, rows.tolist(), device).flatten_tokens() for part in kv)
+        samples = torch.arange(len(rows), device=self.device)[:, None]
+        return tuple(part[samples, rows].flatten_tokens().to(device) for part in kv)
 
     def seen(self, numbers: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
         """Clean latents [B, M, C, F, H, W] of the chunks `numbers` [M] and, where there are any, those of averaged
@@ -115,6 +118,21 @@ class Archive:
             self._copied.synchronize()
             self._copied = None
         return self.row(numbers).to(self.device)
+
+
+def copied_in_runs(kept: Kept, rows: list[list[int]], device: torch.device) -> Kept:
+    """Rows [B, k] of `kept` [B, rows, ...] on another device [B, k, ...]: a copy for each run of neighbouring rows, and
+    none in host memory, where gathering them would take longer than the way."""
+    shape = len(rows), len(rows[0]), *kept.codes.shape[2:]
+    found = Kept(*(None if x is None else x.new_empty(*shape[:-1], x.shape[-1], device=device)
+                   for x in (kept.codes, kept.scales)), kept.dtype)  # fmt: skip
+    for sample, ids in enumerate(rows):
+        start = 0
+        for place in range(1, len(ids) + 1):
+            if place == len(ids) or ids[place] != ids[place - 1] + 1:
+                found[sample, start:place].copy_(kept[sample, ids[start] : ids[place - 1] + 1])
+                start = place
+    return found
 
 
 def auto_capacity(chunk_bytes: int, device: torch.device) -> int:

@@ -120,15 +120,15 @@ class ChunkContext:
             return self._frozen[layer, False].selected
         self.check_current()
         if layer not in self._selection:
-            ids = self._select(layer, query)
+            ids = self._select(layer, len(query), query)
             if self.cache.config.refresh == Refresh.per_forward:
                 return ids
             self._selection[layer] = ids
         return self._selection[layer]
 
     @torch.no_grad()
-    def _select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        archived, batch = self.archived, query.shape[0]
+    def _select(self, layer: int, batch: int, query: torch.Tensor | None = None) -> torch.Tensor:
+        archived = self.archived
         if self.num_selected == len(archived):
             return torch.arange(archived.start, archived.stop).expand(batch, -1)
         key = self.cache.config.selection_seed, self.chunk, layer
@@ -281,11 +281,13 @@ class ChunkContext:
     def archived_latents(self) -> tuple[list[int], list[torch.Tensor]]:
         """Ids [M] of the archived chunks that some layer may select, and what the compressor saw of them: clean latents
         [B, M, C, F, H, W] and, for its LR branch, those of averaged pixels [B, M, C, f, h, w]."""
-        cache, ids = self.cache, list(self.archived)
-        if cache.config.selection == "recency":
-            ids = ids[len(ids) - self.num_selected :]
-        elif len(self._selection) == len(cache.layers):
-            ids = sorted({i for chosen in self._selection.values() for i in chosen.flatten().tolist()})
+        cache, layers = self.cache, range(len(self.cache.layers))
+        if not cache.selection.by_query:
+            chosen = [self._select(layer, batch=1) for layer in layers]
+        else:
+            known = len(self._selection) == len(layers)
+            chosen = self._selection.values() if known else [torch.arange(self.archived.start, self.archived.stop)]
+        ids = sorted({chunk for layer in chosen for chunk in layer.flatten().tolist()})
         if not ids:
             return [], []
         return ids, cache.archive.seen(torch.tensor(ids) - cache.layout.sink, cache.layers[0].keys.device)

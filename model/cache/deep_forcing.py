@@ -66,15 +66,15 @@ class DeepForcingContext(ChunkContext):
         """Places of the mid tokens among those held, in time order: int64 [B, m]."""
         if layer not in self._selection:
             self.check_current()
-            self._selection[layer] = self._select(layer, query)
+            self._selection[layer] = self._select(layer, len(query), query)
         return self._selection[layer]
 
     @torch.no_grad()
-    def _select(self, layer, query):
+    def _select(self, layer, batch, query=None):
         per_frame = self.cache.geometry.tokens_per_frame
         start = self.held_sink * per_frame
         if not self.chooses:
-            return torch.arange(start, start + self.mid_tokens, device=query.device).expand(query.shape[0], -1)
+            return torch.arange(start, start + self.mid_tokens, device=query.device).expand(batch, -1)
         end = start + (self.held_mid + self.held_frames - self.last_frames) * per_frame
         return top_chunks(self.scores(layer, query, start, end), self.mid_tokens) + start
 
@@ -134,6 +134,9 @@ class DeepForcingContext(ChunkContext):
 
     def attended_mid_tokens(self) -> int:
         return self.mid_tokens
+
+    def history_tokens(self) -> int:
+        return (self.held_sink + self.last_frames) * self.cache.geometry.tokens_per_frame + self.mid_tokens
 
 
 @CACHES.register(CacheKind.deep_forcing)
