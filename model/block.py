@@ -3,7 +3,7 @@
 Shape letters: B batch, L tokens, G timestep groups, D head dim, M archived chunks, N_c tokens of a compressed one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -89,6 +89,13 @@ class MidTokens(NamedTuple):
     frames: list[SmallFrame] | None = None
 
 
+class Passed:
+    """Compressed chunks that have passed through a block. Not a dataclass: of those FSDP gives the block a copy."""
+
+    mid_tokens: MidTokens | None = None
+    new_mid: MidTokens | None = None
+
+
 @dataclass(eq=False)
 class LayerMemory:
     """What one layer reads beyond its own tokens, a chunk's history and the prompts' K, V, and what it leaves behind.
@@ -104,7 +111,7 @@ class LayerMemory:
         selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
         mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
         left: filled by the forward; stays None where a hook skips the layer's attention.
-        mid_tokens_out, new_mid_out: for the next layer, where they pass through the blocks.
+        passed: for the next layer.
 
     Attributes:
         placed, text_pair: the same as plain tensors, where an earlier forward has settled them; all that a compiled
@@ -121,8 +128,7 @@ class LayerMemory:
     selected: torch.Tensor | None = None
     mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
     left: LayerKV | None = None
-    mid_tokens_out: MidTokens | None = None
-    new_mid_out: MidTokens | None = None
+    passed: Passed = field(default_factory=Passed)
 
     def __post_init__(self) -> None:
         self.placed = None if self.context is None or self.is_small else self.context.placed(self.layer)
@@ -202,11 +208,11 @@ class CausalWanBlock(WanTransformerBlock):
             return self._run(hidden_states, *arguments)
         if memory.mid_tokens is not None and memory.mid_tokens.frames is not None:
             histories = [frame.context.small_selection(memory.layer) for frame in memory.mid_tokens.frames]
-            memory.mid_tokens_out, memory.mid_kv = self._run_small(memory, memory.mid_tokens, histories, None)
+            memory.passed.mid_tokens, memory.mid_kv = self._run_small(memory, memory.mid_tokens, histories, None)
         hidden_states = self._run(hidden_states, *arguments)
         if memory.new_mid is not None and memory.new_mid.frames is not None and memory.left is not None:
             text, histories = encoder_hidden_states, [memory.selected]
-            memory.new_mid_out, kv = self._run_small(memory, memory.new_mid, histories, text)
+            memory.passed.new_mid, kv = self._run_small(memory, memory.new_mid, histories, text)
             memory.left = memory.left._replace(mid_key=kv[0][:, 0], mid_value=kv[1][:, 0])
         return hidden_states
 

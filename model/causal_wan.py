@@ -207,8 +207,8 @@ class CausalWanModel(WanTransformer3DModel):
                 x = block(*arguments)  # [B, L, dim]
             if memory is not None:
                 layers.append(memory.left)
-                mid_tokens, new_mid = memory.mid_tokens_out or mid_tokens, memory.new_mid_out or new_mid
-                memory.left = memory.mid_tokens_out = None  # or a checkpoint would keep it until the backward pass
+                mid_tokens, new_mid = memory.passed.mid_tokens or mid_tokens, memory.passed.new_mid or new_mid
+                memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
 
         sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
         sample = sample[:, :, -frames:]  # [B, C, F, H, W]

@@ -1,5 +1,7 @@
 """One context per chunk: every step, the commit and the forward with gradient read the same history."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, FORWARD, IDENTITY, PER_FORWARD, RECENCY, make, roll
@@ -297,6 +299,18 @@ def test_compressor_gradients_are_those_of_the_attended_chunks(settings):
     slope = (shifted(1e-2) - shifted(-1e-2)) / 2e-2
     assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=2e-2)
     assert abs(slope) > 1e-4
+
+
+def test_blocks_may_be_given_a_copy_of_their_memory():
+    """As FSDP gives them of every dataclass among their inputs."""
+    model, cache, _ = make(FORWARD)
+    model.train()
+    roll(model, cache, 5)
+    losses = [loss_of(model, cache, cache.context(), 5, train_compressor=True).item()]
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: (*inputs[:-1], replace(inputs[-1])))
+    losses.append(loss_of(model, cache, cache.context(), 5, train_compressor=True).item())
+    assert losses[0] == losses[1]
 
 
 def test_in_eval_mode_nothing_is_kept_to_compress_again():

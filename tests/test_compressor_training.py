@@ -64,6 +64,18 @@ def test_saved_and_loaded(tmp_path, kind):
     assert {name for name in loaded.state_dict() if "pack_compressor" in name} == expected
 
 
+@pytest.mark.parametrize("kind", [*TRAINED, "lr"])
+def test_initialised_where_the_weights_lack_it(tmp_path, caplog, kind):
+    stored = transformer(compressor="identity")
+    stored.save_pretrained(tmp_path)
+    model = CausalWanModel.from_pretrained(tmp_path, compressor=kind)
+    fresh = model.fresh_compressor("these weights")
+    expected = stored.state_dict() | fresh
+    assert model.state_dict().keys() == expected.keys() and bool(fresh) == (kind != "lr")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert ("initialised at random" in caplog.text) == (kind != "lr")
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("dual_spatial", True), ("dual", False)])
 def test_a_stage_takes_over_a_compressor_whole_or_not_at_all(tmp_path, kind, kept):
     stored = transformer(compressor="hr_spatial")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from oracle import OracleWan
+from test_diffusers_features import add_lora
 from test_streaming_vae import small_vae
 from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_prompt
 
@@ -104,6 +105,28 @@ def test_with_guidance_both_branches_see_the_pixels(vae):
         assert latents.shape[0] == 2
     _, (_, low_res) = run.cache.context().archived_latents()
     assert low_res.shape[:2] == (4, 2) and torch.equal(*low_res.chunk(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv", ["project", "forward"])
+def test_lora_and_layerwise_casting(vae, kv):
+    run, video = rollout(vae, "dual", kv=kv), randn(2, CHANNELS, 9, *LATENT, seed=4)
+
+    def last_keys():
+        run.cache.reset()
+        run.decoder = StreamingDecoder(vae)
+        for chunk in video.split(3, dim=2):
+            run.commit(chunk)
+        return run.cache.archive.gather(1, torch.tensor([[1]] * 2), torch.device("cpu"))[0].restored()
+
+    plain = last_keys()
+    add_lora(run.model)
+    assert (last_keys() - plain).abs().max() > 1e-2
+    run.model.disable_adapters()
+    torch.testing.assert_close(last_keys(), plain, atol=1e-5, rtol=0)
+    run.model.delete_adapters("style")
+    run.model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert 0 < (last_keys() - plain).square().mean().sqrt() < 0.3 * plain.square().mean().sqrt()
 
 
 def test_no_decoder_is_an_error():
