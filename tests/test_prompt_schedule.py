@@ -15,6 +15,7 @@ from pipeline.bundle import VAEShape
 from pipeline.data.schedule import read_prompt, timeline
 from pipeline.generate import run
 from pipeline.generate.pipeline import PackForcingPipeline
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from tests import tiny
 from utils.config import ConfigError
@@ -121,6 +122,61 @@ def test_schedules_of_a_batch_change_each_at_its_own_time(pipe):
         assert np.abs(video - pipe([prompt], num_frames=37, samples=[sample]).frames[0]).max() < 1e-5
     with pytest.raises(ConfigError, match="samples has 1 numbers: give one for each of the 2 videos"):
         pipe([FIRST, SECOND], samples=[1])
+
+
+def history(pipe, config, commits):
+    """A rollout of FIRST's video under a fresh cache that was given `commits`: (latents, text) each."""
+    cache = PackCache.for_model(pipe.transformer, config, 4, 6, 10)
+    rollout = Rollout(pipe.transformer, cache, pipe.sampler_config, Prompts(pipe.encode_prompt(FIRST)), None)
+    for latents, text in commits:
+        rollout.prompts = Prompts(pipe.encode_prompt(text))
+        rollout.commit(latents)
+    return rollout
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("recommit", [0, 3, 4]), ("restart", [3, 4]), ("forget", [])])
+def test_what_a_switch_does_to_the_history(pipe, mode, kept):
+    """Against a cache that was only ever given what is left, the recent chunks under the new prompt."""
+    cache = {"kind": "sink", "sink": 1, "recent": 2, "at_switch": mode}
+    schedule = [{"at": 0, "prompt": FIRST}, {"at": 2.31, "prompt": SECOND}]  # chunk 5
+    made = [chunk.latents for chunk in pipe.stream(schedule, num_frames=69, seed=1, cache=cache, output_type="latent")]
+    config = pipe.make_cache(tiny.HEIGHT, tiny.WIDTH, cache).config
+    rollout = history(pipe, config, [(made[c], SECOND if c > 2 else FIRST) for c in kept])
+    first = rollout.cache.num_chunks
+    rollout.noise = lambda chunk, step, shape: prompt_noise(1, [SECOND], [0])(chunk - first + 5, step, shape)
+    rollout.prompts = Prompts(pipe.encode_prompt(SECOND))
+    for (_, latents), expected in zip(rollout.run(4), made[5:], strict=True):
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"query_scope": "recent+current"}, {"refresh_interval": 4}, {"mid_dtype": "int8"}]
+)
+def test_recommitting_leaves_sink_and_mid_as_they_were(pipe, settings):
+    options = {"recent": 1, "top_k": 2, "at_switch": "recommit", **settings}
+    config = pipe.make_cache(tiny.HEIGHT, tiny.WIDTH, options).config
+    rollout = history(pipe, config, [(torch.randn(1, 4, 2, 4, 6), FIRST) for _ in range(6)])
+    cache, workspace, tokens = rollout.cache, rollout.cache.layers[-1], rollout.cache.geometry.tokens
+
+    def parts():
+        mid = [part.restored()[:, :5] for part in cache.archive._kv[-1]]  # of latents alone, not of the prompt
+        sink, recent = (workspace._slot(slot)[1].clone() for slot in (0, cache.layout.slot(5)))
+        return sink, *mid, recent
+
+    before, report = parts(), cache.report()
+    rollout.switch(Prompts(pipe.encode_prompt(SECOND)))
+    *kept, recent = zip(before, parts(), strict=True)
+    assert all(torch.equal(*pair) for pair in kept) and not torch.equal(*recent) and recent[0].shape[1] == tokens
+    assert rollout.index == cache.num_chunks == 6 and cache.report() == report
+    assert cache.context().recent == range(5, 6) and list(cache.archived) == [1, 2, 3, 4]
+    rollout.noise = prompt_noise(0, [SECOND], [0])
+    assert all(latents.isfinite().all() for _, latents in rollout.run(3))
+    assert cache.context().recent == range(8, 9) and list(cache.archived) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_history_without_recent_part_cannot_be_recommitted(pipe):
+    with pytest.raises(ConfigError, match="at_switch is recommit: this cache has no recent part"):
+        pipe(SCHEDULE, cache={"kind": "full", "at_switch": "recommit"})
 
 
 class TestCommandLine:

@@ -40,6 +40,15 @@ class CacheKind(StrEnum):
     deep_forcing = "deep_forcing"  # sink + window, in latent frames, and tokens kept of what leaves it
 
 
+class AtSwitch(StrEnum):
+    """What becomes of the history where the prompt changes."""
+
+    keep = "keep"  # it stays as it is
+    recommit = "recommit"  # the recent part is committed again under the new prompt (LongLive's KV re-cache)
+    restart = "restart"  # all is forgotten but the recent part, which, committed again, begins the new sink
+    forget = "forget"  # all is forgotten
+
+
 class SizeUnit(StrEnum):
     chunks = "chunks"
     frames = "frames"  # latent frames; must be multiples of the chunk
@@ -170,6 +179,7 @@ class CacheConfig:
     mid_span: MidSpan = MidSpan.source
     spatial: str = "grid"  # or aligned
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    at_switch: AtSwitch = AtSwitch.keep
     archive_device: str = "cpu"  # where unselected mid chunks wait
     sink_dtype: str | None = None  # bfloat16, fp8 or int8 (a scale per token and head); null: the model's
     mid_dtype: str | None = None  # of the archive and of what is attended of it

@@ -8,7 +8,7 @@ What a layer attends lies rotated in its `Workspace`, what waits to be selected 
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
-from utils.config import CacheConfig, CacheKind, QueryScope, SizeUnit
+from utils.config import AtSwitch, CacheConfig, CacheKind, QueryScope, SizeUnit
 from utils.registry import Registry
 
 UNBOUNDED = sys.maxsize
@@ -31,11 +31,12 @@ UNBOUNDED = sys.maxsize
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Part sizes in chunks; `full` is a sink without end."""
+    """Part sizes in chunks; `full` is a sink without end. `ring`: first chunk that went to the ring of recent ones."""
 
     sink: int
     recent: int
     top_k: int
+    ring: int = 0
 
     @classmethod
     def of(cls, config: CacheConfig, geometry: ChunkGeometry) -> "CacheLayout":
@@ -58,12 +59,12 @@ class CacheLayout:
 
     def slot(self, chunk: int) -> int:
         """Place of a full-resolution chunk in the workspace."""
-        return chunk if chunk < self.sink else self.sink + (chunk - self.sink) % (self.recent + 1)
+        return chunk if chunk < self.sink else self.sink + (chunk - max(self.sink, self.ring)) % (self.recent + 1)
 
     def held(self, chunk: int) -> tuple[range, range]:
         """(sink, recent) chunk indices at full resolution while `chunk` is generated."""
         sink = min(chunk, self.sink)
-        return range(sink), range(max(sink, chunk - self.recent), chunk)
+        return range(sink), range(max(sink, min(chunk, self.ring), chunk - self.recent), chunk)
 
 
 CACHES: Registry["type[PackCache]"] = Registry("cache.kind")
@@ -85,6 +86,9 @@ class PackCache:
     def __init__(self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int):
         self.config, self.geometry, self.head_dim, self.trained_frames = config, geometry, head_dim, trained_frames
         self.layout = CacheLayout.of(config, geometry)
+        if config.at_switch in (AtSwitch.recommit, AtSwitch.restart) and not self.layout.recent:
+            switch = config.at_switch.value
+            raise ValueError(f"cache.at_switch is {switch}: this cache has no recent part; set cache.recent")
         self.selection, self.positions = SELECTIONS[config.selection], POSITIONS[config.temporal]
         self.spatial = SPATIAL[config.spatial]
         for precision in (config.sink_dtype, config.mid_dtype):
@@ -125,10 +129,24 @@ class PackCache:
     def reset(self) -> None:
         """Forget everything."""
         self.num_chunks = 0  # committed so far
+        self.layout = replace(self.layout, ring=0)
         self.layers: list[Workspace] = []
         self.archive: Archive | None = None
         self.frames: dict[int, SmallFrame] = {}  # of chunks that a forward with gradient may compress again
         self._last_selection: tuple[int, dict[int, torch.Tensor]] = (-1, {})  # chunk it was made for, per layer ids
+
+    def rewind(self, most: int) -> int:
+        """Forget the recent chunks, `most` of them, to commit them again in order; returns how many these are.
+
+        Each then sees sink, mid and those committed again before it: what was recent for it has left the ring.
+        """
+        _, recent = self.layout.held(self.num_chunks)
+        recent = recent[max(0, len(recent) - most) :]
+        self.num_chunks, self.layout = recent.start, replace(self.layout, ring=recent.start)
+        self._last_selection = (-1, {})
+        for workspace in self.layers:
+            workspace.moved()
+        return len(recent)
 
     @property
     def fit_room(self) -> int:

@@ -154,6 +154,7 @@ class DeepForcingCache(PackCache):
 
         require(config.unit == SizeUnit.frames, "unit", config.unit.value, "must be frames, in which the method counts")
         require(config.temporal != "fit", "temporal", "fit", "must be packed or absolute")
+        require(config.at_switch != "recommit", "at_switch", "recommit", "must be keep, restart or forget")
         for name in ("sink_dtype", "mid_dtype"):
             require(getattr(config, name) is None, name, getattr(config, name), "must be null")
         room, least = config.sink + geometry.frames, config.sink + max(config.recent, geometry.frames)

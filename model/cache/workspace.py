@@ -136,6 +136,10 @@ class Workspace:
         """Whether the history is placed for `chunk`, and the mid part for this very selection at these times."""
         return chunk == self._placed and (mid is None or (self.mid_for[0] is mid[0] and self.mid_for[1] == mid[1]))
 
+    def moved(self) -> None:
+        """Chunks have other slots from now on: what was placed is to be placed again."""
+        self._placed, self.mid_for = None, (None, None)
+
     def place_mid(self, slots: int, key: Kept, value: Kept, rotation: Rotation) -> None:
         """Un-rotated K, and V, [B, k * N_c, heads, D] behind `slots` full-resolution chunks."""
         where = slice(slots * self.tokens, slots * self.tokens + key.codes.shape[1])

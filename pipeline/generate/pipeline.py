@@ -289,7 +289,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             for chunk in self._decoded(rollout, chunks, asked.num_frames, asked.output_type):
                 yield chunk
                 if chunk.index + 1 in conditioning.parts:
-                    rollout.prompts = conditioning.parts[chunk.index + 1]
+                    rollout.switch(conditioning.parts[chunk.index + 1])
         finally:
             self._rollout = None
             self.maybe_free_model_hooks()

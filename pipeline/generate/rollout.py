@@ -6,9 +6,11 @@
 A chunk's steps and its commit share one context; nothing is written to the cache before the chunk is finished.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +21,7 @@ from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
-from utils.config import ConfigError, SamplerConfig
+from utils.config import AtSwitch, ConfigError, SamplerConfig
 from utils.rng import keyed_randn
 from utils.timing import part
 
@@ -39,6 +41,14 @@ def prompt_noise(seed: int, prompts: list[str], samples: list[int]) -> NoiseSour
         return torch.stack([keyed_randn(shape, seed, prompt, sample, chunk, step) for prompt, sample in keys])
 
     return draw
+
+
+class _Committed(NamedTuple):
+    """What a commit was given, to do it again."""
+
+    latents: torch.Tensor
+    low_res: torch.Tensor | None
+    timestep: torch.Tensor | None
 
 
 @dataclass
@@ -71,7 +81,7 @@ class Rollout:
         model: the causal DiT.
         cache: its history, empty or after earlier chunks. With guidance it holds both branches, each with its own.
         sampler: few-step (predict x0, renoise to the next step) or many-step Euler.
-        prompts: conditioning; assign to `prompts` between chunks to change it.
+        prompts: conditioning; between chunks `switch` changes it, and assigning to `prompts` leaves the history alone.
         noise: where noise comes from.
         grad_step: training (self-rollout): stop every chunk at this step index and run that step with gradient; the
             compressor is then trained through the mid tokens. None: no gradient, all steps.
@@ -113,7 +123,8 @@ class Rollout:
         self.schedule = FlowMatchSchedule(sampler.shift)
         self.device = device or model.device
         self.prompts = prompts
-        self.mid_tokens_attended = 0
+        self.mid_tokens_attended = self.offset = 0  # chunks made before the cache was last emptied
+        self._last: deque[_Committed] = deque(maxlen=cache.layout.recent)
         self.timestep: float | torch.Tensor | None = None
 
     @property
@@ -132,11 +143,30 @@ class Rollout:
         """Denoising steps of a chunk; its commit is one more forward."""
         return len(self.sampler.steps) if self.sampler.kind == "few_step" else self.sampler.num_steps
 
+    @property
+    def index(self) -> int:
+        """Number of the next chunk."""
+        return self.offset + self.cache.num_chunks
+
+    def switch(self, prompts: Prompts) -> None:
+        """Go on with other prompts. What becomes of the history: `cache.at_switch`."""
+        self.prompts, mode, again = prompts, self.cache.config.at_switch, list(self._last)
+        if mode == AtSwitch.keep:
+            return
+        if mode == AtSwitch.recommit:
+            again = again[len(again) - self.cache.rewind(len(again)) :]
+        else:
+            again = again if mode == AtSwitch.restart else []
+            self.offset = self.index - len(again)
+            self.cache.reset()
+        for chunk in again:
+            self._commit(*chunk)
+
     def run(self, num_chunks: int, commit_last: bool = True) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit. Without `commit_last`
         the last chunk has none: nothing will read it."""
         for number in range(num_chunks):
-            index, context = self.cache.num_chunks, self.cache.context()
+            index, context = self.index, self.cache.context()
             with part("denoise"):
                 latents = self._sample(index, context)
             if commit_last or number < num_chunks - 1:
@@ -167,16 +197,24 @@ class Rollout:
         With latents from elsewhere (a given video, a training clip) the rollout goes on from them. `timestep` [B]: in
         place of `sampler.context_timestep`.
         """
-        index, context = self.cache.num_chunks, context or self.cache.context()
-        noisy = latents
+        context = context or self.cache.context()
+        committed = _Committed(latents, self._decode(latents, context), timestep)
+        self._commit(*committed, context)
+        self._last.append(committed)
+
+    def _commit(
+        self, latents: torch.Tensor, low_res: torch.Tensor | None, timestep: torch.Tensor | None,
+        context: ChunkContext | None = None,
+    ) -> None:  # fmt: skip
+        context, noisy = context or self.cache.context(), latents
         if timestep is not None or self.sampler.context_timestep > 0:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
-            noisy = self.schedule.add_noise(latents, self._draw(index, -1), timestep)
+            noisy = self.schedule.add_noise(latents, self._draw(self.index, -1), timestep)
         clean = torch.cat([latents] * self.branches).to(self.model.dtype)
         step_cache = self.model._cache_config  # FirstBlockCache, PAB, ... of diffusers: for the steps of one chunk
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
-        seen = {"clean_hidden_states": clean, "low_res": self._decode(latents, context)}
+        seen = {"clean_hidden_states": clean, "low_res": low_res}
         out = self._forward(noisy, 0.0 if timestep is None else timestep, context, **seen)
         if step_cache is not None:
             self.model.enable_cache(step_cache)
