@@ -85,10 +85,10 @@ def train(arguments: argparse.Namespace) -> None:
             torch.manual_seed(config.seed)
             if world.is_main:
                 log.info("%s: loading models and data", config.train.stage)
-            stage = build_stage(config, device, world)
             settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
             tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
             try:
+                stage = build_stage(config, device, world)
                 trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)
                 if config.train.compile:
                     stage.compile()

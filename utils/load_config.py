@@ -232,11 +232,17 @@ def validate(config: Config) -> None:
     require(len(stories.shot_chunks) == 2 and stories.shot_chunks[0] <= stories.shot_chunks[1],
             "data.stories.shot_chunks", stories.shot_chunks, "must be [least, most]")  # fmt: skip
     require(not stories.count or data.kind == "sprites", "data.stories.count", stories.count, "needs data.kind=sprites")
+    require(data.num_clips or stories.count or data.kind != "sprites", "data.num_clips", 0,
+            "needs clips, or data.stories.count")  # fmt: skip
     for name, largest in (("crop_height", video.height), ("crop_width", video.width)):
         value = getattr(config.vae, name)
         fits = value <= largest and value % 16 == 0
         require(fits or not config.vae.crop_steps, f"vae.{name}", value, f"must be a multiple of 16, at most {largest}")
-    require(len(config.vae.dim_mult) > 0, "vae.dim_mult", config.vae.dim_mult, "needs at least one level")
+    require(len(config.vae.dim_mult) == 3, "vae.dim_mult", config.vae.dim_mult, "must be three, as it halves twice")
+    for name in ("height", "width"):
+        value, unit = getattr(video, name), 4 * config.vae.patch_size
+        require(train.stage != "vae" or value % unit == 0, f"video.{name}", value, f"must be a multiple of {unit} px, "
+                "4 x vae.patch_size")  # fmt: skip
     dmd, longest, window = config.dmd, config.dmd.max_rollout_frames, video.trained_frames
     require(dmd.min_timestep <= dmd.max_timestep, "dmd.min_timestep", dmd.min_timestep,
             f"must be at most dmd.max_timestep={dmd.max_timestep}")  # fmt: skip

@@ -26,11 +26,22 @@ class Tracker:
         kind: None, "wandb" or "tensorboard".
         project: wandb's project; the run is named like the folder.
         config: the resolved settings, as plain containers.
+
+    Raises `ConfigError` where wandb does not take them or knows no user.
     """
 
     def __init__(self, folder: Path, kind: str | None, project: str, config: dict[str, Any], is_main: bool):
-        self.folder, self.kind, self.project, self.config, self.is_main = folder, kind, project, config, is_main
+        self.folder, self.kind, self.is_main = folder, kind, is_main
         self._file = self._wandb = self._tensorboard = None
+        if kind != "wandb" or not is_main:
+            return
+        import wandb
+
+        try:
+            self._wandb = wandb.init(project=project, name=folder.name, id=folder.name, resume="allow",
+                                     dir=str(folder), config=config)  # fmt: skip
+        except wandb.errors.Error as error:
+            raise ConfigError(f"setting `train.tracker` is wandb: {error}") from error
 
     def start(self, step: int) -> None:
         """Begin after `step`: records of later steps, which will be done again, are dropped."""
@@ -38,12 +49,7 @@ class Tracker:
             return
         _rewind(self.folder / LOG, step)
         self._file = open(self.folder / LOG, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - as long as the run
-        if self.kind == "wandb":
-            import wandb
-
-            self._wandb = wandb.init(project=self.project, name=self.folder.name, id=self.folder.name, resume="allow",
-                                     dir=str(self.folder), config=self.config)  # fmt: skip
-        elif self.kind == "tensorboard":
+        if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)

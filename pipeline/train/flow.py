@@ -19,6 +19,7 @@ from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import random_model, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.bidirectional import sample_clip
+from pipeline.generate.inference import check_cache
 from pipeline.generate.rollout import Prompts
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
@@ -200,6 +201,7 @@ class ARDiffusionStage(GeneratorStage):
     def check(cls, config: Config) -> None:
         super().check(config)
         check_chunks(config)
+        check_cache(config, vae_shape_of(vae_folder(config)))  # of samples and, through it, of training
 
     @classmethod
     def trained(cls, config: Config) -> list[nn.Module]:

@@ -19,7 +19,9 @@ from pipeline.bundle import transformer_settings, vae_shape_of, write_model_inde
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
+from pipeline.generate.sampler import SAMPLERS
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.text import check_heads
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
@@ -50,6 +52,9 @@ class GeneratorStage(Stage):
     @classmethod
     def check(cls, config: Config) -> None:
         COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
+        SAMPLERS[config.sampler.kind]
+        if config.train.text_from is None and config.data.text_embeddings is None:  # a small encoder is trained along
+            check_heads(config.model.text_dim, config.model.text_heads)
         if config.model.attention_head_dim % 2:
             found = f"setting `model.attention_head_dim` is {config.model.attention_head_dim}"
             raise ConfigError(f"{found}: must be even (rotary)")

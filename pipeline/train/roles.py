@@ -9,6 +9,7 @@ from model.attention import prepare_for_cpu
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
 from pipeline.bundle import load_transformer, random_model, read_shape, transformer_settings, vae_shape_of
+from pipeline.generate.inference import check_cache
 from pipeline.sources import transformer_source
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder, vae_folder
 from utils.config import Config, ConfigError
@@ -42,12 +43,13 @@ def check_student(config: Config) -> None:
     if not config.model.random_init:
         transformer_source(config)  # raises where none is named
     student = transformer_settings(config)
-    channels = vae_shape_of(vae_folder(config)).channels
-    if channels != student["in_channels"]:
+    vae = vae_shape_of(vae_folder(config))
+    if vae.channels != student["in_channels"]:
         raise ConfigError(
-            f"setting `data.vae` is {config.data.vae}: its latents have {channels} channels, those of the student "
+            f"setting `data.vae` is {config.data.vae}: its latents have {vae.channels} channels, those of the student "
             f"(model.bundle) {student['in_channels']}"
         )
+    check_cache(config, vae)
 
 
 def load_text(config: Config, device: torch.device) -> TextConditioning:
