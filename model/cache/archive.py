@@ -37,7 +37,7 @@ class Archive:
         if capacity == "auto":
             capacity = auto_capacity(2 * layers * keep(like, precision).nbytes, self.device)
         self.capacity, self.size = capacity, None if capacity is None else capacity + pending
-        self._like, self._precision = like, precision
+        self._shape, self._dtype, self._precision = like.shape[1:], like.dtype, precision
         self._kv: list[tuple[Kept, Kept]] = []  # per layer [B, rows, N_c, heads, D]
         self._means: torch.Tensor | None = None  # [layers, B, rows, h, D], float32, on the model's device
         self._seen: list[torch.Tensor] = []  # by the compressor: latents [B, rows, C, F, H, W], low_res likewise
@@ -70,7 +70,7 @@ class Archive:
     def _grow(self, row: int, seen: list[torch.Tensor], means: torch.Tensor | None) -> None:
         rows = max(16, 1 << row.bit_length())
         rows = rows if self.size is None else min(rows, self.size)
-        batch, old, like = seen[0].shape[0], self._kv, self._like
+        batch, old = seen[0].shape[0], self._kv
         pin = seen[0].is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
 
         def enlarged(tensor, shape, dim, **options):
@@ -81,7 +81,7 @@ class Archive:
 
         self._kv = [
             tuple(
-                Kept.empty((batch, rows, *like.shape[1:]), like.dtype, self._precision, self.device, pin)
+                Kept.empty((batch, rows, *self._shape), self._dtype, self._precision, self.device, pin)
                 for _ in range(2)
             )
             for _ in range(self.layers)

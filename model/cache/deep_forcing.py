@@ -189,7 +189,7 @@ class DeepForcingCache(PackCache):
         layers = []
         for layer, new in enumerate(kv.layers):
             queries = self.frame_queries(new.query, self.num_chunks) if keeps else None
-            fresh = Tokens(place(new.key), new.value, true, queries)
+            fresh = Tokens(place(new.key), new.value.detach(), true, queries)
             if self.layers:
                 old = context.gathered(self.layers[layer], context.select(layer, new.query))
                 pairs = zip(old, fresh, strict=True)
