@@ -197,7 +197,7 @@ class PackCache:
             self._archive(chunk, kv)
             if kv.frame is not None:
                 self.frames[chunk] = kv.frame
-        self._last_selection = context.selection_to_keep()
+        self._last_selection = context.selected_at, context.selection
         self.num_chunks += 1
         for chunk in [chunk for chunk in self.frames if chunk < self.archived.start]:
             del self.frames[chunk]

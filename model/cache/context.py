@@ -40,6 +40,7 @@ class ChunkContext:
         times: where sink, mid and the chunk itself are.
         will_be_compressed: whether the chunk's compressed K, V are wanted at its commit.
         keeps_query: whether its queries are.
+        selection: ids chosen so far, by layer; `selected_at`: for which chunk.
         forwards: whether compressed chunks pass through the blocks.
         keeps_history: of a compressed chunk that passes, what it attended, to let it pass again with gradient.
     """
@@ -62,17 +63,17 @@ class ChunkContext:
         span = float(cache.mid_grid[0] if compressed else frames)
         counts = len(self.sink), len(self.recent), self.num_selected
         self.times = cache.positions(Parts(self.chunk, frames, *counts, span, cache.fit_room))
-        self._selection: dict[int, torch.Tensor] = {}
+        self.selection: dict[int, torch.Tensor] = {}
         self._frozen: dict[tuple[int, bool], _Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None
         self._own: torch.Tensor | None = None
-        self._selected_at = self.chunk
+        self.selected_at = self.chunk
         made_for, previous = cache._last_selection
         lasts = config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval
         if lasts and cache.selection.by_query and previous and all(
             ids.shape[1] == layout.top_k and ids.min() >= self.archived.start for ids in previous.values()
         ):
-            self._selection, self._selected_at = dict(previous), made_for
+            self.selection, self.selected_at = dict(previous), made_for
 
     def check_fits(self, batch: int, geometry: ChunkGeometry) -> None:
         """Raise RuntimeError where this chunk is committed already, ValueError for latents of other sizes."""
@@ -98,10 +99,6 @@ class ChunkContext:
         """Rotation of the current chunk's tokens."""
         return chunk_rotation(self.cache.geometry, self.times.now, self.cache.head_dim, device)
 
-    def selection_to_keep(self) -> tuple[int, dict[int, torch.Tensor]]:
-        """(chunk the selection was made for, per layer ids), for `refresh_interval`."""
-        return self._selected_at, self._selection
-
     @property
     def chooses(self) -> bool:
         """Whether the queries of the first forward decide what every forward of the chunk attends."""
@@ -119,12 +116,12 @@ class ChunkContext:
         if recomputed and (layer, False) in self._frozen:
             return self._frozen[layer, False].selected
         self.check_current()
-        if layer not in self._selection:
+        if layer not in self.selection:
             ids = self._select(layer, len(query), query)
             if self.cache.config.refresh == Refresh.per_forward:
                 return ids
-            self._selection[layer] = ids
-        return self._selection[layer]
+            self.selection[layer] = ids
+        return self.selection[layer]
 
     @torch.no_grad()
     def _select(self, layer: int, batch: int, query: torch.Tensor | None = None) -> torch.Tensor:
@@ -183,7 +180,7 @@ class ChunkContext:
     def placed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """For a forward without gradient after the chunk's first: the layer's K, V [B, history + n, heads, D] in place,
         and where the chunk's own n tokens go, int64 [n]. None where they have to be placed or put together first."""
-        layers, selected = self.cache.layers, self._selection.get(layer)
+        layers, selected = self.cache.layers, self.selection.get(layer)
         if torch.is_grad_enabled() or not self._is_current or not layers or selected is None:
             return None
         workspace, mid = layers[layer], (selected, self.times) if selected.shape[1] else None
@@ -285,8 +282,8 @@ class ChunkContext:
         if not cache.selection.by_query:
             chosen = [self._select(layer, batch=1) for layer in layers]
         else:
-            known = len(self._selection) == len(layers)
-            chosen = self._selection.values() if known else [torch.arange(self.archived.start, self.archived.stop)]
+            known = len(self.selection) == len(layers)
+            chosen = self.selection.values() if known else [torch.arange(self.archived.start, self.archived.stop)]
         ids = sorted({chunk for layer in chosen for chunk in layer.flatten().tolist()})
         if not ids:
             return [], []

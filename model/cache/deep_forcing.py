@@ -64,10 +64,10 @@ class DeepForcingContext(ChunkContext):
 
     def select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """Places of the mid tokens among those held, in time order: int64 [B, m]."""
-        if layer not in self._selection:
+        if layer not in self.selection:
             self.check_current()
-            self._selection[layer] = self._select(layer, len(query), query)
-        return self._selection[layer]
+            self.selection[layer] = self._select(layer, len(query), query)
+        return self.selection[layer]
 
     @torch.no_grad()
     def _select(self, layer, batch, query=None):
