@@ -15,8 +15,9 @@ noise, and kept where --output_folder says so. With --teacher a bidirectional Di
 `video.trained_frames`, made by `sampler`'s Euler steps; text encoder and VAE are the bundle's.
 
 With --stories they are held-out stories (`utils/sprites/story.py`), and the table says how much of what their captions
-leave out is recalled, by chunks since a character was last seen and by shots between. With --since each brings its
-first character back after exactly so many chunks of the other two, cut into --between shots.
+leave out is recalled, by chunks since a character was last seen and by shots between. With --since each brings a
+character back after exactly so many chunks of the other two, cut into --between shots; it opens with another one, so
+that the sink alone does not know the answer.
 
 Metrics of any video: `utils/metrics.py`. Captions come from NAME.json beside NAME.mp4; each attribute has two scores:
 over the seconds of videos whose caption states it, and over those whose caption leaves it out, where right means "as in
@@ -170,7 +171,10 @@ def draw_stories(arguments: argparse.Namespace, seed: int) -> list[list[Story]]:
     indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
     if not arguments.since:
         return [[sample_story(seed, index, arguments.chunks, (least, most)) for index in indices]]
-    return [[sample_return(seed, i, since, arguments.between, least) for i in indices] for since in arguments.since]
+    return [
+        [sample_return(seed, i, since, arguments.between, least, arguments.opening) for i in indices]
+        for since in arguments.since
+    ]
 
 
 def evaluate_stories(arguments: argparse.Namespace) -> None:
@@ -226,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shot_chunks", type=int, nargs=2, default=[1, 4], help="least and most chunks of a shot")
     parser.add_argument("--since", type=int, nargs="+", help="chunks before a story's first character comes back")
     parser.add_argument("--between", type=int, help="shots that these are cut into; default: two, or more")
+    parser.add_argument("--opening", type=int, default=2, help="chunks of another character before those of --since, "
+                        "which the sink holds in place of the one that comes back")  # fmt: skip
     parser.add_argument("--batch", type=int, default=16, help="videos generated together")
     parser.add_argument("--teacher", type=Path, help="transformer folder of a bidirectional DiT to score in its place")
     parser.add_argument("--output_folder", type=Path, help="keep the videos here")

@@ -156,3 +156,10 @@ def test_recall_is_told_apart_by_time_and_shots_between():
 def test_first_shots_are_scored_apart():
     marks = score_story(render_story(STORIES[0]), STORIES[0], returning=False)
     assert len(marks) == 5 * 3 and all(mark.right for mark in marks)
+
+
+def test_an_opening_keeps_the_character_that_returns_out_of_the_sink():
+    opening, first, *fill, last = sample_return(0, HELD_OUT_START, 4, opening=2).shots
+    assert opening.chunks == 2 and opening.spec.shape != first.spec.shape == last.spec.shape
+    assert first.start == 2 and last.since == 4 == sum(shot.chunks for shot in fill)
+    assert not first.returning and last.returning

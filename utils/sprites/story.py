@@ -128,13 +128,16 @@ def sample_story(seed: int, index: int, chunks: int, shot_chunks: Sequence[int] 
     return Story(tuple(shots))
 
 
-def sample_return(seed: int, index: int, since: int, between: int | None = None, shot_chunks: int = 1) -> Story:
-    """A story whose last shot brings its first character back after `since` chunks of the two others.
+def sample_return(
+    seed: int, index: int, since: int, between: int | None = None, shot_chunks: int = 1, opening: int = 0
+) -> Story:
+    """A story whose last shot brings a character back after `since` chunks of the two others.
 
     Args:
         between: shots that these chunks are cut into, as evenly as can be; None: two, or more so that none is longer
             than 16 chunks.
-        shot_chunks: length of the first and of the last shot.
+        shot_chunks: length of the character's two shots.
+        opening: chunks of another character before them, so that the sink does not hold the one that comes back.
     """
     rng = np.random.default_rng([seed, index, RETURN_STREAM])
     cast = [_allowed_cast(rng, index)[place] for place in rng.permutation(len(SHAPES))]
@@ -142,6 +145,8 @@ def sample_return(seed: int, index: int, since: int, between: int | None = None,
     cuts = [since * place // between for place in range(between + 1)]
     lengths = [shot_chunks, *(end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)), shot_chunks]
     shots: list[Shot] = []
+    if opening:
+        shots.append(_next_shot(shots, _draw_shot(rng, cast[1]), opening))
     for place, length in enumerate(lengths):
         who = 0 if place in (0, between + 1) else 1 + place % 2
         shots.append(_next_shot(shots, _draw_shot(rng, cast[who]), length))
