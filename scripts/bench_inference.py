@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 
 from utils.cli import answer_typos, config_parser, run_configured
@@ -25,6 +26,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from model.attention import attend
@@ -119,7 +121,19 @@ def text_seconds(config: Config, runtime: Runtime) -> float | None:
     return time.perf_counter() - start
 
 
-def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
+def largest_costs(call: Callable[[], object], device: torch.device, count: int = 3) -> dict[str, float]:
+    """Kernels (operations on a CPU) that take most of a call, and the share of its time that each takes."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as profiler:
+        call()
+        synchronise(device)
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, name) for event in profiler.key_averages()}
+    most = sorted(times, key=lambda key: -times[key])[:count]
+    return {key[:60]: times[key] / max(sum(times.values()), 1) for key in most}
+
+
+def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False) -> dict:
     """Time `chunks` chunks with the cache full; see the module's docstring."""
     runtime = resolve_runtime(config)
     device, dtype = runtime.device, runtime.dtype
@@ -132,7 +146,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
     cache = rollout.cache
     fill(rollout)
     chunk_times, ratios, parts = [], [], defaultdict(list)
-    generator, bar = rollout.run(chunks + 1), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
+    generator, bar = rollout.run(chunks + 2), tqdm(range(chunks + 1), desc="chunks", unit="chunk")
     with Stopwatch(device) as watch:
         if model.pack_compressor is not None:
             watch.watch_module(model.pack_compressor, "compress")
@@ -150,6 +164,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
                 parts[name].append(watch.total(name))
             bar.set_postfix(s=f"{seconds:.3f}", ratio=f"{statistics.median(ratios):.3f}")
 
+    costs = largest_costs(lambda: next(generator), device) if profiled else None
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     seconds["vae"] = vae_seconds(pipe.vae, latents.to(device), vae_chunks) if vae_chunks else None
     seconds["encode"] = text_seconds(config, runtime)
@@ -166,6 +181,7 @@ def bench(config: Config, chunks: int, vae_chunks: int) -> dict:
         "fps_with_vae": frames / (chunk_seconds + seconds["vae"]) if seconds["vae"] else None,
         "second_half_over_first": statistics.median(chunk_times[half:]) / statistics.median(chunk_times[:half] or [1]),
         "kv": cache.report(),
+        "costs": costs,
         "peak_bytes": peak_memory(device),
     }
 
@@ -191,7 +207,7 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
     if config.model.bundle is None and not config.model.random_init:
         raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
-    result = bench(config, arguments.chunks, arguments.vae_chunks)
+    result = bench(config, arguments.chunks, arguments.vae_chunks, arguments.profile)
     print_table(result)
     print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
 
@@ -200,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
     parser.add_argument("--chunks", type=int, default=12, help="timed chunks, at least 10 for a figure to report")
     parser.add_argument("--vae_chunks", type=int, default=2, help="chunks decoded to time the VAE; 0: none")
+    parser.add_argument("--profile", action="store_true", help="name the three largest costs of a chunk")
     return run_configured(parser, argv, run)
 
 

@@ -1,0 +1,76 @@
+"""What a GPU does otherwise than a CPU, against the CPU in float32: kernels, dtypes, pinned memory, sharding. Marked
+`cuda`; without a GPU the same code runs on the CPU."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from model.attention import attend, best_backend, clip_mask, matmul_attention
+from pipeline.train.parallel import shard_model
+from tests.toy import CHANNELS, LATENT, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
+
+pytestmark = pytest.mark.cuda
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BF16 = 0.03  # of the largest value: eight bits of mantissa through two layers
+BACKENDS = sorted({AttentionBackendName.NATIVE.value, best_backend(DEVICE), best_backend(DEVICE, trains=True)})
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, allowed: float) -> None:
+    error = (ours.float().cpu() - theirs).abs().max()
+    assert error <= allowed * theirs.abs().max(), f"{error} of {theirs.abs().max()}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_equal_plain_products(backend):
+    query, key, value = (randn(2, size, 4, 64, seed=i) for i, size in enumerate((96, 320, 320)))
+    expected = matmul_attention(query, key, value)
+    ours = (x.to(DEVICE, torch.bfloat16) for x in (query, key, value))
+    close(attend(*ours, backend), expected, BF16)
+
+
+def test_the_block_mask_equals_the_boolean_one():
+    query, key, value = (randn(1, 96, 2, 64, seed=i) for i in range(3))
+    expected = matmul_attention(query, key, value, clip_mask(4, 12, 2, True, torch.device("cpu")))
+    mask = clip_mask(4, 12, 2, True, DEVICE)
+    close(attend(*(x.to(DEVICE) for x in (query, key, value)), None, mask), expected, 2e-3)
+
+
+@torch.no_grad()
+def rolled_out(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Flows of seven chunks with history, sink, mid and recent, from given latents."""
+    model = toy_model().to(device, dtype)
+    cache, prompt, flows = toy_cache(model, toy_config()), toy_prompt().to(device, dtype), []
+    for index in range(7):
+        context, latents = cache.context(), toy_chunk(index).to(device, dtype)
+        flows.append(model(latents, torch.tensor([500.0], device=device), prompt, context=context).sample)
+        clean = model(latents, torch.tensor([0.0], device=device), prompt, context=context)
+        cache.commit(clean.kv, context)
+    return torch.stack(flows).float().cpu()
+
+
+def test_chunks_with_an_archive_in_host_memory():
+    expected = rolled_out(torch.device("cpu"), torch.float32)
+    close(rolled_out(DEVICE, torch.float32), expected, 2e-3)  # TF32 where it is allowed
+    close(rolled_out(DEVICE, torch.bfloat16), expected, 2 * BF16)
+
+
+def test_gradients_of_sharded_weights_on_one_rank(tmp_path):
+    clip, text = randn(1, CHANNELS, 6, *LATENT, seed=0), toy_prompt()
+
+    def gradient(model, device):
+        out = model(clip.to(device), torch.tensor([500.0], device=device), text.to(device)).sample
+        out.square().mean().backward()
+        grad = model.blocks[0].attn1.to_k.weight.grad
+        return getattr(grad, "full_tensor", lambda: grad)().cpu()
+
+    expected = gradient(toy_model(), torch.device("cpu"))
+    backend, meet = "nccl" if ON_GPU else "gloo", f"file://{tmp_path / 'ranks'}"
+    dist.init_process_group(backend, init_method=meet, rank=0, world_size=1)
+    try:
+        model, mesh = toy_model(), dist.device_mesh.init_device_mesh(DEVICE.type, (1,))
+        shard_model(model, mesh, "no", DEVICE)
+        close(gradient(model.to(DEVICE), DEVICE), expected, 5e-3)
+    finally:
+        dist.destroy_process_group()
