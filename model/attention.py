@@ -14,12 +14,15 @@ from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from model.rope import Rotation
 
-def best_backend(device: torch.device | str) -> str:
-    """Fastest dispatcher backend that is installed: FlashAttention 3, FlashAttention 2, cuDNN, else PyTorch's SDPA."""
+
+def best_backend(device: torch.device | str, trains: bool = False) -> str:
+    """Fastest dispatcher backend that is installed: FlashAttention 3 (to which diffusers gives no backward), 2, cuDNN,
+    else PyTorch's SDPA."""
     if torch.device(device).type != "cuda":
         return AttentionBackendName.NATIVE.value
-    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
+    if not trains and is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
         return AttentionBackendName._FLASH_3.value
     if is_flash_attn_available():
         return AttentionBackendName.FLASH.value
@@ -110,7 +113,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, dim] -> [B, L, dim]."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x).type_as(x)
+            with torch.autocast(x.device.type, enabled=False):  # one kernel, float32 inside
+                return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
         scale = torch.rsqrt(squares / x.shape[-1] + self.eps)
         return (x * scale * self.weight).type_as(x)
@@ -175,13 +179,12 @@ class CausalWanAttnProcessor:
 def _rotate(x: torch.Tensor, rotary_emb) -> torch.Tensor:
     """x [B, L, H, D] by a `Rotation` or by Wan's table, cos and sin [1, L, 1, D] with each value given twice.
 
-    The latter has the numbers of indexing even and odd channels, without strided access, which CPUs do slowly.
+    One dtype for query, key and value: flash kernels take no mixture, which Wan's own rotation in float32 leaves.
     """
-    if not isinstance(rotary_emb, tuple):
-        return rotary_emb(x)
-    cos, sin = rotary_emb
-    swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)  # [B, L, H, D]
-    return x * cos + swapped * sin
+    if isinstance(rotary_emb, tuple):
+        cos, sin = rotary_emb
+        rotary_emb = Rotation(cos[..., ::2], sin[..., ::2])
+    return rotary_emb(x)
 
 
 class SigmoidGELU(nn.Module):

@@ -83,7 +83,7 @@ def read_weights(path: str | Path, use_ema: bool = False) -> dict[str, torch.Ten
     else:
         if use_ema:
             raise CheckpointError(f"checkpoint {path} has no entry `generator_ema`: --use_ema needs a .pt file")
-        raw = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+        raw = read_files(path)
     return _diffusers_names(raw, path)
 
 
@@ -101,6 +101,11 @@ def check_weights(path: str | Path) -> None:
         odd = [f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
         if odd:
             raise CheckpointError(f"checkpoint {file}: weights are floating-point numbers, not {_some(odd)}")
+
+
+def read_files(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files at `path`, by their own names, memory-mapped. Raises `CheckpointError`."""
+    return {name: tensor for file in weight_files(path) for name, tensor in read_safetensors(file).items()}
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -194,16 +199,20 @@ def load_weights(
     model.load_state_dict(weights, assign=True)
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype, keep_in_fp32: Iterable[str] | None) -> None:
+def cast_weights(
+    model: nn.Module, dtype: torch.dtype, keep_in_fp32: Iterable[str] | None, device: torch.device | None = None
+) -> None:
     """Floating-point parameters and buffers to `dtype`; those under a module or parameter of a name in `keep_in_fp32`
-    to float32, as diffusers does on loading."""
+    to float32, as diffusers does on loading. `device`: where they go first, and are cast, one by one."""
     kept = set(keep_in_fp32 or ())
     for module_name, module in model.named_modules():
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             if tensor.is_floating_point():
                 in_fp32 = not kept.isdisjoint(f"{module_name}.{name}".split("."))
-                tensor.data = tensor.data.to(torch.float32 if in_fp32 else dtype)
+                wanted = torch.float32 if in_fp32 else dtype
+                if tensor.dtype != wanted or device not in (None, tensor.device):
+                    tensor.data = tensor.data.to(device).to(wanted)
 
 
 def content_hash(path: str | Path) -> str:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
 from model.schedule import WAN_SHIFT
-from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_weights
+from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_files, read_weights
 from pipeline.sources import bundle_folder, require_files, transformer_source
 from utils.config import Config, ConfigError, ModelConfig, VideoConfig
 from utils.load_config import section
@@ -263,6 +263,27 @@ def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: P
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[problem])):
             raise CheckpointError(f"{folder} does not fit {kind.__name__}: {len(names)} {problem}, first {names[0]}")
+    return model.eval()
+
+
+def load_mapped(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path):
+    """The model in `folder`, strictly, in the dtype it is stored in. Its weights stay in the files, memory-mapped: all
+    processes of a machine share them. Raises `CheckpointError`."""
+    check_weights(folder)
+    weights = read_weights(folder) if issubclass(kind, ModelMixin) else read_files(folder)
+    try:
+        with init_empty_weights(include_buffers=False):
+            if issubclass(kind, ModelMixin):
+                model = kind.from_config(kind.load_config(folder, local_files_only=True))
+            else:
+                model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    tied = {name: weights[source] for name, source in tied.items() if name not in weights and source in weights}
+    load_weights(model, weights, folder, tied)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
     return model.eval()
 
 

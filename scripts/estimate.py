@@ -5,9 +5,9 @@ fake CUDA device with fake tensors and a fake process group.
     python -m scripts.estimate --config_path C --world 64 --local 8      # eight machines
     python -m scripts.estimate --config_path C --part infer --device 4090 cache.top_k=4
 
-Parts: `train` (an update of every role, rollouts to the last denoising step), `infer` (prompt, a chunk once the cache
-is full, its pixels), `sample` (the sample videos of training), `text` (UMT5-XXL). Default: what the config is for,
-`train` where it names a stage.
+Parts: `train` (an update of every role), `infer` (prompt, a chunk once the cache
+is full, its pixels), `sample` (the sample videos of training), `text` (UMT5-XXL), `load` (host memory of a machine
+while models are loaded). Default: what the config is for, `train` where it names a stage.
 
 Models deeper than nine layers are run at a tenth and at two tenths of their depth, and everything is extended along a
 line; --exact runs all layers (minutes). No file that the config names is needed.
@@ -35,6 +35,7 @@ from utils.fakecuda.device import ensure
 from utils.load_config import load_config
 
 GIB, EXTENDED = 2**30, 10  # layers from which depth is extended
+PCIE = 45.0  # GB/s that pinned host memory reaches a GPU with
 FIXED = ("weights", "state")  # does not grow with the batch
 
 
@@ -58,7 +59,9 @@ DEVICES = {
 }
 
 
-def measure(config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None) -> list:
+def measure(
+    config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None, role: str = ""
+) -> list:
     """`Phase`s of a part at full depth, or with at most `most_layers`."""
     from scripts import estimate_parts as parts
     from scripts.stand_ins import at_depth, shallow, transformer_settings
@@ -73,7 +76,7 @@ def measure(config: Config, part: str, world: World, exact: bool = False, most_l
         ready = [at_depth(config, place, depth) for place, depth in zip(folders, depths, strict=True)]
         with fake_device(counts, world.size) as mode, parts.on_fake_models(mode):
             for small, place in zip(ready, folders, strict=True):
-                found.append(list(parts.RUNS[part](small, mode, world, place)))
+                found.append(list(parts.RUNS[part](small, mode, world, place, *([role] if role else []))))
                 counts.forget()
     if len(found) == 1:
         return found[0]
@@ -83,9 +86,10 @@ def measure(config: Config, part: str, world: World, exact: bool = False, most_l
 
 
 def exits_mean(config: Config, label: str) -> float:
-    """Rollouts run to the last step here, to a random one in training: share of a rollout's work that is done."""
-    steps = len(config.sampler.steps)
-    return (steps + 1) / 2 / steps if label.endswith("/denoise") else 1.0
+    """Denoising steps of a rollout at training's mean over those that were run."""
+    from scripts.estimate_parts import ran_steps
+
+    return (len(config.sampler.steps) + 1) / 2 / ran_steps(config) if label.endswith("/denoise") else 1.0
 
 
 def summary(config: Config, part: str, phases: list, device: Device, reserve: float) -> dict:
@@ -101,7 +105,8 @@ def summary(config: Config, part: str, phases: list, device: Device, reserve: fl
         matmul, attention = (total(phase.flops.get(kind, {})) for kind in ("matmul", "attention"))
         seconds = {"matmul": matmul / device.matmul / 1e12, "attention": attention / device.attention / 1e12,
                    "elementwise": total(phase.moved) / device.bandwidth / 1e12}  # fmt: skip
-        link = sum(size for _, size in phase.comm.values()) / device.link / 1e9
+        rates = {"host to device": PCIE}
+        link = sum(size / rates.get(kind, device.link) / 1e9 for kind, (_, size) in phase.comm.items())
         memory = sum(phase.peak.values())
         rows.append({
             "phase": phase.name, "memory_gib": memory / GIB, "parts_gib": _grouped(phase.peak),
@@ -161,7 +166,17 @@ def run(arguments: argparse.Namespace) -> None:
     device = replace(DEVICES[arguments.device], **{k: v for k, v in rates.items() if v is not None})
     part = arguments.part or ("infer" if config.train.stage is None else "train")
     world = World(0, arguments.world, min(arguments.local or arguments.world, arguments.world))
-    found = summary(config, part, measure(config, part, world, arguments.exact), device, arguments.reserve)
+    if part == "load":
+        from scripts.estimate_parts import host
+
+        with tempfile.TemporaryDirectory() as folder:
+            own = host(config, world, Path(folder, "load"))
+        print("\nGiB of a machine's own memory while models are loaded, beside the mapped files:")
+        print(", ".join(f"{name} {size:.1f}" for name, size in own.items()), f"; in all {sum(own.values()):.1f}\n")
+        print(json.dumps({"config": arguments.config_path, "part": part, "world": world.size, "host_gib": own}))
+        return
+    phases = measure(config, part, world, arguments.exact, role=arguments.role)
+    found = summary(config, part, phases, device, arguments.reserve)
     print_table(found, device)
     print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, "part": part,
                       "world": world.size, "device": arguments.device, **asdict(device), **found}))  # fmt: skip
@@ -172,11 +187,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config_path", required=True)
     parser.add_argument("--world", type=int, default=1, help="ranks")
     parser.add_argument("--local", type=int, help="ranks a machine; default all")
-    parser.add_argument("--part", choices=["train", "infer", "sample", "text"])
+    parser.add_argument("--part", choices=["train", "infer", "sample", "text", "load"])
     parser.add_argument("--device", choices=DEVICES, default="h100")
     for name in ("matmul", "attention", "bandwidth", "link", "memory"):
         parser.add_argument(f"--{name}", type=float, help="in place of the device's")
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB that the counted memory leaves out")
+    parser.add_argument("--role", default="", help="train: this role's update only")
     parser.add_argument("--exact", action="store_true", help="all layers")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)

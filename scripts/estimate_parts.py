@@ -16,14 +16,15 @@ from model import attention
 from model.cache import selection
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import load_transformer, place, vae_shape_of
+from pipeline.bundle import load_transformer, place, read_json, transformer_settings, vae_shape_of
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.text import encode_tokens
 from pipeline.train.parallel import shard_model, sharding_mesh
 from pipeline.train.stages import build_stage
 from pipeline.train.trainer import Trainer
-from utils.config import CacheKind, Config
+from scripts.stand_ins import at_depth
+from utils.config import CacheKind, Config, Sharding, TextPlacement
 from utils.distributed import World
 from utils.fakecuda.count import Counts, OnDevice
 from utils.rng import keyed_randn
@@ -35,6 +36,7 @@ PARTS = {"weights", "state", "text", "denoise", "commit", "cache", "real_score",
          "vae"}  # fmt: skip
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
             "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}  # fmt: skip
+PROCESS = 1.5  # GiB of a process that has loaded nothing but torch, its libraries and a CUDA context
 STEADY = 2  # chunks of inference counted once the cache is full
 
 
@@ -96,6 +98,7 @@ def on_fake_models(mode: OnDevice) -> Iterator[None]:
         (attention, "create_block_mask", _block_mask(mode.counts)),
         (attention, "_compiled_flex", _flex),
         (PackCache, "commit", timed("cache")(PackCache.commit)),
+        (WanTransformer3DModel, "enable_group_offload", _offloaded(mode.counts)),
     ]
     with ExitStack() as stack:
         stack.callback(attention.clip_mask.cache_clear)  # made of fake tensors
@@ -131,6 +134,20 @@ def _block_mask(counts: Counts) -> Callable:
     return create
 
 
+def _offloaded(counts: Counts) -> Callable:
+    """diffusers' group offload as far as it is counted: two blocks at a time are on the device, all are copied there
+    at every forward. Fake parameters cannot change their device."""
+
+    def offload(model: WanTransformer3DModel, onload_device: torch.device, **_) -> None:
+        blocks = [[p for p in block.parameters()] for block in model.blocks]
+        for p in sum(blocks[2:], []):
+            counts.discard(p)
+        size = sum(p.nbytes for p in sum(blocks, []))
+        model.register_forward_pre_hook(lambda *_: counts.communicated("host to device", size))
+
+    return offload
+
+
 def _flex() -> Callable:
     """Flex attention's cost is a flash kernel's over what the mask leaves."""
     return lambda q, k, v, block_mask: torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -152,17 +169,23 @@ def in_training(config: Config, counts: Counts, world: World, folder: Path) -> T
     return trainer
 
 
-def train(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
-    """One update of every role, its rollouts as long as they get."""
+def ran_steps(config: Config) -> int:
+    """Denoising steps of a chunk that are run in the estimate of training: one with gradient, and one without."""
+    return min(2, len(config.sampler.steps))
+
+
+def train(
+    config: Config, mode: OnDevice, world: World, folder: Path, only: str | None = None
+) -> Iterator[Phase]:
+    """One update of every role, its rollouts as long as they get, two of the denoising steps in each chunk."""
     trainer = in_training(config, mode.counts, world, folder)
     stage = trainer.stage
     if config.train.stage == "dmd":
-        last = len(config.sampler.steps) - 1
-        stage.exit_step = lambda role, step: last
+        stage.exit_step = lambda role, step: ran_steps(config) - 1
         stage.num_chunks = lambda role, step: stage.max_chunks
         mode.counts.watch_module(stage.teacher, "real_score")
         mode.counts.watch_module(stage.critic, "fake_score")
-    for role in stage.modules:
+    for role in [role for role in stage.modules if only in (None, role)]:
         with part(role):
             trainer.update_role(role)
         yield Phase.of(role, mode.counts)
@@ -192,7 +215,7 @@ def text(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator
     with part("weights"):
         encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(torch.bfloat16).eval().requires_grad_(False)
         if (mesh := sharding_mesh(config, world, DEVICE)) is not None:
-            shard_model(encoder, mesh, config.train.mixed_precision)
+            shard_model(encoder, mesh, config.train.mixed_precision, DEVICE)
     ids = torch.zeros(1, config.model.text_len, dtype=torch.long, device=DEVICE)
     mode.counts.new_phase()
     with torch.no_grad(), part("text"):
@@ -245,3 +268,22 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
 
 
 RUNS: dict[str, Callable[..., Iterator[Phase]]] = {"train": train, "sample": sample, "text": text, "infer": infer}
+
+
+def host(config: Config, world: World, folder: Path) -> dict[str, float]:
+    """GiB of a machine's own memory while models are loaded, by part. Beside it are the files, mapped and shared by its
+    processes: sharded weights go from them to the device group by group; else every rank casts them first."""
+    ready, own = at_depth(config, folder, None), {"processes": PROCESS * world.local_size}
+    dmd, offloads = config.train.stage == "dmd", config.dmd.offload_teacher and config.train.stage == "dmd"
+    with torch.device("meta"):
+        models = {"student": (CausalWanModel(**transformer_settings(ready)), 4)}
+        for role, width in (("critic", 4), ("teacher", 2)) if dmd else ():
+            settings = read_json(folder / role / "config.json")
+            models[role] = (WanTransformer3DModel.from_config(settings), width)
+        text = UMT5EncoderModel(UMT5Config(**UMT5_XXL))
+    for name, (model, width) in models.items():
+        held = config.train.sharding == Sharding.none or (offloads and name == "teacher")
+        own[name] = held * world.local_size * width * sum(p.numel() for p in model.parameters()) / 2**30
+    placed = config.train.text_placement == TextPlacement.device and config.data.text_embeddings is None
+    own["text encoder"] = placed * world.local_size * 4 * sum(p.numel() for p in text.parameters()) / 2**30
+    return own

@@ -22,7 +22,7 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
     import torch  # heavy, like what follows: after what can be checked without them
 
     from model.weights import content_hash
-    from pipeline.bundle import vae_shape_of
+    from pipeline.bundle import place, vae_shape_of
     from pipeline.sources import transformer_source
     from pipeline.train.prompt_data import PromptData
     from pipeline.train.roles import check_student, load_student, load_text
@@ -38,7 +38,7 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
     with rank() as (device, world):
         text = load_text(config, device)
         data = PromptData.load(config, vae.channels, device, world)
-        model = load_student(config, text, device, vae.channels).eval().to(device)
+        model = place(load_student(config, text, device, vae.channels).eval(), device, torch.float32)
         random = config.model.random_init
         weights = f"random, seed {config.seed}" if random else content_hash(transformer_source(config))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.train.mixed_precision == "bf16"):

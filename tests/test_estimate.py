@@ -35,8 +35,9 @@ def output(*command: str) -> dict:
 def test_every_shipped_config_runs_in_the_memory_it_had(paths):
     stored = json.loads(STORED.read_text())
     for path, found in output("tests.estimates", *paths).items():
-        assert found.keys() == stored[path].keys(), path
-        assert {part: size for part, size in found.items() if size > ALLOWED * stored[path][part]} == {}, path
+        before = stored.get(path, found)  # a config that nobody has written down yet only has to run
+        assert found.keys() == before.keys(), path
+        assert {part: size for part, size in found.items() if size > ALLOWED * before[part]} == {}, path
 
 
 @needs_compiler

@@ -106,6 +106,11 @@ class Sharding(StrEnum):
     hybrid = "hybrid"  # groups of `shard_size` ranks share a copy each
 
 
+class Reshard(StrEnum):
+    forward = "forward"  # after every forward
+    never = "never"  # not before the end of a rollout: one gather, and the whole student in memory meanwhile
+
+
 class TextPlacement(StrEnum):
     device = "device"  # on every rank's device, in float32
     cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in
@@ -245,7 +250,9 @@ class TrainConfig:
     mixed_precision: Precision = Precision.bf16
     sharding: Sharding = Sharding.none  # FSDP2; of the frozen models too
     shard_size: int | None = within("[1, 1e6]", None)  # hybrid: ranks that share a copy; null: those of one machine
+    reshard: Reshard = Reshard.never  # of the weights that a rollout's forwards gather
     gradient_checkpointing: bool = True
+    keep_attention: bool = True  # under checkpointing: what attention gave is kept, not computed again (CUDA)
     compile: bool = False
     checkpoint_every: int = within("[1, 1e9]", 250)
     keep_checkpoints: int = within("[1, 1e6]", 2)
@@ -337,6 +344,7 @@ class DMDConfig:
     """Distribution-matching distillation (stage `dmd`): both scores and the self-rollout."""
 
     teacher: str | None = None  # folder of the frozen WanTransformer3DModel, the real score
+    offload_teacher: bool = False  # in host memory, one block at a time on the GPU; needs train.sharding=none
     critic: str | None = None  # folder that the critic, the fake score, starts from; null: the teacher's
     critic_updates: int = within("[1, 1e6]", 5)  # per update of the generator
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))

@@ -47,7 +47,7 @@ class ConsistencyStage(GeneratorStage):
         student = load_student(config, text, device, self.clips.latent_shape[0])
         super().__init__(config, device, student, text, self.clips.data.vae_folder, self.clips.latent_shape)
         self.sigmas = self.clips.schedule.euler_sigmas(config.consistency.grid_steps).to(device)  # 1 to 0
-        self.teacher, self.target = _frozen_copy(student), Generator(_frozen_copy(student))
+        self.teacher, self.target = _frozen_copy(student, device), Generator(_frozen_copy(student, device))
         self.targets, self.frozen = {"generator": self.target}, {"teacher": self.teacher}
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class ConsistencyStage(GeneratorStage):
         guidance = self.config.consistency.guidance
         if guidance == 1:
             return self._forced_flow(self.teacher, noisy, sigma, embeds, clean, level)
-        negative = self.text.encode([self.config.sampler.negative_prompt]).expand_as(embeds)
+        negative = self.text.encode([self.config.sampler.negative_prompt], fixed=True).expand_as(embeds)
         twice = (torch.cat((x, x)) for x in (noisy, sigma))
         flow = self._forced_flow(
             self.teacher, *twice, torch.cat((embeds, negative)), torch.cat((clean, clean)), torch.cat((level, level))
@@ -108,5 +108,8 @@ def _wide(sigma: torch.Tensor) -> torch.Tensor:
     return sigma[:, None, None, None, None]
 
 
-def _frozen_copy(model: CausalWanModel) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False).eval()
+def _frozen_copy(model: CausalWanModel, device: torch.device) -> nn.Module:
+    """With weights of its own, which it gets when it is moved to a GPU: until then the host needs no second copy."""
+    moves = device.type != model.device.type
+    weights = {id(p): nn.Parameter(p.data, False) for p in model.parameters()} if moves else {}
+    return copy.deepcopy(model, weights).requires_grad_(False).eval()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,11 @@ from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
 from pipeline.train.method import method
+from pipeline.train.parallel import gathered
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import check_student, load_score, load_student, load_text
 from pipeline.train.stage_parts import need_folder, vae_folder
-from utils.config import CacheKind, Config, ConfigError, OptimizerConfig
+from utils.config import CacheKind, Config, ConfigError, OptimizerConfig, Reshard
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 from utils.timing import part
@@ -105,6 +107,10 @@ class DMDStage(GeneratorStage):
         self.teacher.requires_grad_(False).eval()
         self.modules = {"critic": self.critic.train(), **self.modules}
         self.frozen = {"teacher": self.teacher}
+        if config.dmd.offload_teacher and device.type == "cuda":
+            self.teacher.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1,
+                                              use_stream=True)  # fmt: skip
+            self.offloaded = [self.teacher]
         self.schedule = FlowMatchSchedule(config.train.shift)
 
     @property
@@ -148,6 +154,13 @@ class DMDStage(GeneratorStage):
         compressor = self.transformer.pack_compressor
         return {"compressor": compressor} if role == "generator" and compressor is not None else {}
 
+    def role_batch(self, role: str, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """Prompts of its own for each role, as in the reference."""
+        batch = self.batch(step, sample_indices)
+        if role == "generator":
+            batch["prompts"] = [self.prompts.prompt((self.config.seed, role), index) for index in sample_indices]
+        return batch
+
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Prompts; everything else is made by the generator."""
         prompts = [self.prompts.prompt(self.config.seed, index) for index in sample_indices]
@@ -187,7 +200,8 @@ class DMDStage(GeneratorStage):
             keys = ((seed, "rollout", role, step, index, chunk, denoising_step) for index in indices)
             return torch.stack([keyed_randn(shape, *key) for key in keys])  # [B, C, F, H, W]
 
-        with torch.set_grad_enabled(role == "generator"):
+        whole = gathered(self.transformer) if self.config.train.reshard == Reshard.never else nullcontext()
+        with torch.set_grad_enabled(role == "generator"), whole:
             rollout = self.new_rollout(
                 self.config.sampler,
                 Prompts(embeds),
@@ -251,7 +265,7 @@ class DMDStage(GeneratorStage):
         with torch.no_grad():
             timestep, noise, noisy = self._score_input("generator", x0, batch, step)
             critic_flow = self._flow(self.critic, noisy, timestep, embeds)
-            negative = self.text.encode([self.config.sampler.negative_prompt]).expand_as(embeds)
+            negative = self.text.encode([self.config.sampler.negative_prompt], fixed=True).expand_as(embeds)
             both = self._flow(
                 self.teacher, noisy.repeat(2, 1, 1, 1, 1), timestep.repeat(2), torch.cat((embeds, negative))
             )

@@ -22,12 +22,14 @@ class Stage(ABC):
         modules: role -> trainable module; each role has its own optimizer, EMA and gradient clip.
         targets: role -> module of the same parameters that the stage runs and the trainer keeps at the role's EMA.
         frozen: further modules that are run; nothing changes them.
+        offloaded: those of them that stay in host memory and come to the device in parts.
     """
 
     name: str
     modules: dict[str, nn.Module]
     targets: Mapping[str, nn.Module] = {}
     frozen: Mapping[str, nn.Module] = {}
+    offloaded: Sequence[nn.Module] = ()
 
     @classmethod  # noqa: B027 - a stage may take any settings
     def check(cls, config: Config) -> None:
@@ -61,6 +63,10 @@ class Stage(ABC):
     @abstractmethod
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Samples by global index: a pure function of (seed, step, index)."""
+
+    def role_batch(self, role: str, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        """What a role is updated on: `batch`, unless the stage gives each role its own."""
+        return self.batch(step, sample_indices)
 
     @abstractmethod
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:

@@ -8,6 +8,7 @@ gradients as it does without sharding. Works on CUDA with NCCL and on the CPU wi
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
+from model.weights import cast_weights
 from pipeline.train.method import Stage
 from utils.config import Config, Sharding
 from utils.distributed import World
@@ -74,14 +76,25 @@ def prepare_stage(stage: Stage, config: Config, world: World, device: torch.devi
         for model in models_of(module):
             if config.train.mixed_precision == "bf16" and isinstance(model, WanTransformer3DModel):
                 _keep_out_of_autocast(model.condition_embedder.time_embedder, device.type)
+            if module in stage.offloaded:
+                continue
             if mesh is not None and not isinstance(model, FSDPModule):
-                shard_model(model, mesh, config.train.mixed_precision)
-        module.to(device)
+                shard_model(model, mesh, config.train.mixed_precision, device)
+            _place(model, model, device)
+        if module not in stage.offloaded:
+            module.to(device)
     return mesh is not None
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, mixed_precision: str) -> None:
-    """Shard a Wan transformer or a text encoder in place.
+def _place(part: nn.Module, model: nn.Module, device: torch.device) -> None:
+    """Move a part of a model that was loaded as it is stored, in the dtype that `prepare` noted."""
+    dtype = getattr(model, "placed_dtype", None)
+    if dtype is not None:
+        cast_weights(part, dtype, model._keep_in_fp32_modules, device)
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, mixed_precision: str, device: torch.device) -> None:
+    """Shard a Wan transformer or a text encoder in place, one group after the other on `device`.
 
     Inputs are not cast: the trainer's autocast does that per operation, and timesteps need float32. Every group is
     resharded after its forward, the root too, so that outside a forward parameters always are shards.
@@ -98,7 +111,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, mixed_precision: str) -> Non
     }
     for block in model.modules():
         if type(block).__name__ in model._no_split_modules:
+            _place(block, model, device)
             fully_shard(block, **options)
+    _place(model, model, device)
     fully_shard(model, **options)
 
 
@@ -127,6 +142,20 @@ def set_gradient_sync(module: nn.Module, sync: bool) -> None:
     for model in models_of(module):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(sync)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a sharded model stay whole from one forward to the next."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

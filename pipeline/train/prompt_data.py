@@ -102,6 +102,6 @@ class PromptData:
         reference = LatentReference.of_clips(islice(data.clips, REFERENCE_CLIPS))
         return cls(data_prompts(config), reference)
 
-    def prompt(self, seed: int, index: int) -> str:
-        """The prompt of training sample `index`."""
+    def prompt(self, seed: object, index: int) -> str:
+        """The prompt of training sample `index`; another `seed`, another order."""
         return self.prompts[place_of(len(self.prompts), seed, index)]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from diffusers import WanTransformer3DModel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model.attention import prepare_for_cpu
+from model.attention import best_backend, prepare_for_cpu
+from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
 from pipeline.bundle import load_transformer, random_model, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.inference import check_cache
 from pipeline.sources import transformer_source
 from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder, vae_folder
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, Sharding
+
+aten = torch.ops.aten
+ATTENTION = [  # what selective checkpointing keeps the output of
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+]
 
 
 def check_student(config: Config) -> None:
@@ -86,29 +97,40 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
     """
     dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
     if config.model.random_init and path is None:
-        return prepare(random_model(WanTransformer3DModel, dict(student.config), config.seed), config, device, dtype)
+        model = random_model(WanTransformer3DModel, dict(student.config), config.seed)
+        return prepare(model, config, device, dtype, trains=not frozen)
     folder = need_folder(path, key, "a WanTransformer3DModel")
     if config.model.random_init and not any(folder.glob("*.safetensors*")):
         model = random_model(WanTransformer3DModel, read_shape(folder / "config.json"), config.seed)
     else:
-        model = load_wan(path, key, dtype)
+        model = load_wan(path, key)
     if model.config.in_channels != student.config.in_channels:
         raise ConfigError(
             f"setting `{key}` is {path}: a model of {model.config.in_channels} latent channels, the student has "
             f"{student.config.in_channels}"
         )
     _check_text(model, text, key)
-    return prepare(model, config, device, dtype)
+    return prepare(model, config, device, dtype, trains=not frozen)
 
 
-def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = torch.float32):
-    """In `dtype` but for what Wan needs in float32, with gradient checkpointing where asked for and what makes `device`
-    faster; returns it. Whoever runs it moves it there: the trainer does so in shards."""
-    cast_weights(model, dtype, model._keep_in_fp32_modules)
+def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = torch.float32, trains: bool = True):
+    """In `dtype` but for what Wan needs in float32, on our blocks, with gradient checkpointing where asked for and what
+    makes `device` faster; returns it. Whoever runs it moves it there; what the trainer places in shards is cast there,
+    group by group, so that the host never holds more than the files."""
+    if config.train.sharding == Sharding.none:
+        cast_weights(model, dtype, model._keep_in_fp32_modules)
+    else:
+        model.placed_dtype = dtype
+    if not isinstance(model, CausalWanModel):
+        CausalWanBlock.adopt(model)
     if device.type == "cpu":
         prepare_for_cpu(model)
-    if config.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    elif config.train.mixed_precision == "bf16":
+        model.set_attention_backend(best_backend(device, trains))
+    if config.train.gradient_checkpointing and trains:
+        kept = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION)}
+        keeps = config.train.keep_attention and device.type == "cuda"  # matrix products stand for it on a CPU
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **(kept if keeps else {})))
     return model
 
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.weights import CheckpointError, cast_weights, content_hash
-from pipeline.bundle import load_library_model, read_json, vae_shape_of
+from pipeline.bundle import load_library_model, load_mapped, read_json, vae_shape_of
 from pipeline.data.clips import FRAMES_AT_ONCE, LatentClips, SpriteClips, StoryClips, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts
 from pipeline.data.text import TextEmbeddings
@@ -74,6 +74,7 @@ class TextConditioning:
     stored: TextEmbeddings | None = None
     source: Path | None = None
     _memo: dict[str, torch.Tensor] = field(default_factory=dict)
+    _fixed: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
@@ -96,7 +97,7 @@ class TextConditioning:
                 source = need_folder(config.train.text_from, "train.text_from", "text_encoder and tokenizer")
                 for part in ("text_encoder", "tokenizer"):
                     need_folder(str(source / part), "train.text_from", part)
-            return cls(None, None, text_len, trainable=False, device=device, stored=stored, source=source)
+            return cls(None, None, text_len, False, device, stored, source)
         if config.train.text_from is None:
             tokenizer = sprite_tokenizer()
             with torch.random.fork_rng(devices=[]):
@@ -109,21 +110,26 @@ class TextConditioning:
         except Exception as error:  # tokenizers raises nothing more special
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"setting `train.text_from` is {folder}: no tokenizer there ({reason})") from error
-        encoder = load_library_model(UMT5EncoderModel, folder / "text_encoder", "auto")
+        encoder = load_mapped(UMT5EncoderModel, folder / "text_encoder")
         if config.train.text_placement == TextPlacement.device:
             encoder = encoder.float().to(device)
         encoder = encoder.requires_grad_(False).eval()
-        return cls(tokenizer, encoder, text_len, trainable=False, device=device, source=folder)
+        return cls(tokenizer, encoder, text_len, False, device, None, folder)
 
     @property
     def text_dim(self) -> int:
         return self.encoder.config.d_model if self.stored is None else self.stored.text_dim
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained."""
+    def encode(self, prompts: Sequence[str], fixed: bool = False) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained. `fixed`: every rank asks for
+        the same ones again and again, and they are never forgotten."""
         if self.trainable:
             return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
-        if isinstance(self.encoder, FSDPModule):  # ranks must call it alike, so nothing is remembered
+        if fixed:
+            if (key := tuple(prompts)) not in self._fixed:
+                self._fixed[key] = self.encode(prompts)
+            return self._fixed[key]
+        if isinstance(self.encoder, FSDPModule):  # ranks must call it alike
             return self._run_encoder(prompts)
         found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
         for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
@@ -322,14 +328,14 @@ def save_exported(model: nn.Module, folder: Path | None, name: str) -> None:
         copy.save_pretrained(folder / name)
 
 
-def load_wan(path: str | None, key: str, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    """The bidirectional DiT that setting `key` names, in `dtype` but for what Wan needs in float32.
+def load_wan(path: str | None, key: str) -> WanTransformer3DModel:
+    """The bidirectional DiT that setting `key` names, as it is stored, its weights still in the files.
 
     Raises `ConfigError` where the setting is unset, or the folder does not hold exactly such a model's weights.
     """
     folder = need_folder(path, key, "a WanTransformer3DModel")
     try:
-        return load_library_model(WanTransformer3DModel, folder, dtype)
+        return load_mapped(WanTransformer3DModel, folder)
     except CheckpointError as error:
         raise ConfigError(f"setting `{key}`: {error}") from error
 

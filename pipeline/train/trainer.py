@@ -234,7 +234,7 @@ class Trainer:
         micros, sums = train.gradient_accumulation, {}
         for micro in range(micros):
             set_gradient_sync(state.module, micro == micros - 1)
-            batch = self.stage.batch(self.step, self.plan.indices(self.step, micro, self.world.rank))
+            batch = self.stage.role_batch(role, self.step, self.plan.indices(self.step, micro, self.world.rank))
             for loss, logs in self._loss_parts(role, batch):
                 with part("backward"):
                     (loss / micros).backward()

@@ -97,6 +97,14 @@ class Counts(Stopwatch):
             kind, size, label = self._storages.pop(key)
             self._change(kind, -size, label)
 
+    def discard(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's memory as free: it lies elsewhere."""
+        self._remove(tensor.untyped_storage()._cdata)
+
+    def communicated(self, kind: str, size: int) -> None:
+        self.comm[kind][0] += 1
+        self.comm[kind][1] += size
+
     def resized(self, storage: torch.UntypedStorage) -> None:
         if (entry := self._storages.get(storage._cdata)) is not None:
             size = _rounded(storage.nbytes())

@@ -106,8 +106,7 @@ def _replacements(counts: Counts) -> Iterator[tuple[object, str, object]]:
     def collective(kind: str, sized_by: int, keyword: str) -> Callable:
         def run(*args, **kwargs):
             tensor = args[sized_by] if len(args) > sized_by else kwargs[keyword]
-            counts.comm[kind][0] += 1
-            counts.comm[kind][1] += tensor.nbytes
+            counts.communicated(kind, tensor.nbytes)
 
         return run
 
