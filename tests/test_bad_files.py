@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONFIG, write_bundle
+from tiny import CONFIG
 
 from model.weights import CheckpointError, check_weights, load_weights, read_weights
 from pipeline.bundle import check_bundle, load_text_encoder, load_transformer, load_vae, transformer_settings
@@ -21,14 +21,9 @@ from utils.load_config import load_config
 CPU, VAE, DIT = torch.device("cpu"), "vae/config.json", "transformer/config.json"
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return write_bundle(tmp_path_factory.mktemp("sound"))
-
-
 @pytest.fixture
-def bundle(sound, tmp_path):
-    return shutil.copytree(sound, tmp_path / "bundle")
+def bundle(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "bundle")
 
 
 def config_of(bundle: Path):

@@ -26,15 +26,10 @@ from utils.load_config import load_config
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    return tiny.write_bundle(tmp_path_factory.mktemp("bundle"))
-
-
 @pytest.fixture
-def bundle(stored, tmp_path):
+def bundle(bundle, tmp_path):
     """A copy that a test may damage."""
-    return shutil.copytree(stored, tmp_path / "bundle")
+    return shutil.copytree(bundle, tmp_path / "bundle")
 
 
 @pytest.fixture

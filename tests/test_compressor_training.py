@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distill import gradients, make_stage, write_world
+from distill import gradients, make_stage
 from dmd_by_hand import INDICES
 from test_through_cache import Story, make, parts
 from tiny import transformer
@@ -15,9 +15,8 @@ CASES = [f"kind={kind}" for kind in TRAINED] + ["kv=forward"]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(root):
     """A generator without compressor."""
-    root = write_world(tmp_path_factory.mktemp("world"))
     transformer(compressor="identity").save_pretrained(root / "bundle" / "transformer")
     return root
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distill import CHANNELS, CPU, FRAMES, SIZE, gradients, make_stage, settings, write_world
+from distill import CHANNELS, CPU, FRAMES, SIZE, gradients, make_stage, settings
 from toy import randomize
 
 from pipeline.train.trainer import Trainer
@@ -13,11 +13,6 @@ from utils.tracking import Tracker
 
 SEED, SHIFT, GRID, GUIDANCE = 5, 3.0, 6, 3.0
 INDICES = [1, 7]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings, write_world
+from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings
 from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, sigma_of, snapped
 from safetensors.torch import load_file, save_file
 from toy import randn
@@ -19,11 +19,6 @@ from pipeline.train.trainer import Trainer, TrainingDivergedError
 from utils.config import ConfigError
 from utils.distributed import World
 from utils.tracking import Tracker
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distill import CHANNELS, CHUNK, FRAMES, SIZE, make_stage, write_world
+from distill import CHANNELS, CHUNK, FRAMES, SIZE, make_stage
 from dmd_by_hand import INDICES, SEED, STEPS, generated, generator_gradient, sigma_of
 from test_chunk_context import sorted_tokens
 from toy import randn
@@ -13,11 +13,6 @@ from pipeline.generate.rollout import Prompts, Rollout
 from utils.config import ConfigError
 from utils.load_config import load_config
 from utils.rng import keyed_randn
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -35,11 +35,6 @@ SHAPE = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return tiny.write_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
 def arguments(tmp_path_factory, bundle):
     """Command line with any flag or override changed: arguments(folder, "--seconds", "1", data_path=...)."""
     folder = tmp_path_factory.mktemp("inputs")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill import CHANNELS, CHUNK, CPU, FRAMES, SIZE, gradients, make_stage, settings, write_world
+from distill import CHANNELS, CHUNK, CPU, FRAMES, SIZE, gradients, make_stage, settings
 
 from model.cache.cache import PackCache
 from pipeline.data.shards import shard_path
@@ -33,9 +33,8 @@ TIMESTEPS = [1000 * sigma_of(1 - point / GRID) for point in POINTS]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(root):
     """The world, with its trajectories written by the command."""
-    root = write_world(tmp_path_factory.mktemp("world"))
     assert generate(root) == 0
     return root
 

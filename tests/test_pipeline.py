@@ -37,14 +37,9 @@ SAMPLER = {"steps": [1000.0, 500.0]}
 VIDEO = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "trained_frames": 10, "frames_per_chunk": 2}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.write_bundle(tmp_path_factory.mktemp("bundle"))
-
-
 @pytest.fixture
-def pipe(folder):
-    pipe = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler=SAMPLER, video=VIDEO)
+def pipe(bundle):
+    pipe = PackForcingPipeline.from_pretrained(bundle, cache=CACHE, sampler=SAMPLER, video=VIDEO)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -109,8 +104,8 @@ def test_prompt_embeds_stand_for_a_prompt(pipe):
     assert same(pipe(prompt_embeds=embeds, num_frames=13, noise=noise).frames, pipe(PROMPT, num_frames=13).frames)
 
 
-def test_guidance_and_many_steps(folder):
-    many = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler={"kind": "euler"}, video=VIDEO)
+def test_guidance_and_many_steps(bundle):
+    many = PackForcingPipeline.from_pretrained(bundle, cache=CACHE, sampler={"kind": "euler"}, video=VIDEO)
     options = {"num_frames": 5, "num_inference_steps": 3}
     plain = many(PROMPT, **options).frames
     assert same(many(PROMPT, guidance_scale=1, **options).frames, plain)
@@ -172,9 +167,9 @@ STEP_CACHES = {
 
 
 @pytest.mark.parametrize("name", STEP_CACHES)
-def test_step_caches_of_diffusers_leave_out_steps_but_no_commit(folder, name):
+def test_step_caches_of_diffusers_leave_out_steps_but_no_commit(bundle, name):
     pipe = PackForcingPipeline.from_pretrained(
-        folder, cache=CACHE, sampler={"kind": "euler", "num_steps": 4}, video=VIDEO
+        bundle, cache=CACHE, sampler={"kind": "euler", "num_steps": 4}, video=VIDEO
     )
     options = {"prompt": PROMPT, "num_frames": 13, "output_type": "latent"}
     plain = pipe(**options).frames
@@ -226,8 +221,8 @@ def test_saved_and_loaded_it_makes_the_same_video(pipe, tmp_path):
     assert same(PackForcingPipeline.from_pipe(pipe)(PROMPT, num_frames=13).frames, wanted)
 
 
-def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "other")
+def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / "other")
     path = tmp_path / "other" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"shift": 9.0}))
     settings = {"cache": CACHE, "video": VIDEO}
@@ -243,7 +238,7 @@ def test_the_schedule_is_the_schedulers_unless_a_setting_says_otherwise(pipe, fo
         pipe(PROMPT, num_frames=13)
 
 
-def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, folder, tmp_path):
+def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, bundle, tmp_path):
     pipe.save_pretrained(tmp_path)
     known = {"num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
              "freq_dim", "ffn_dim"}  # fmt: skip
@@ -272,7 +267,7 @@ def test_a_folder_of_plain_wan_is_read_as_a_causal_model(pipe, folder, tmp_path)
     distilled = PackForcingPipeline.from_pretrained(tmp_path, tmp_path / "model.pt", use_ema=True, **settings)
     own = distilled.transformer.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in pipe.transformer.state_dict().items())
-    distilled = PackForcingPipeline.from_pretrained(folder, tmp_path / "model.pt", use_ema=True, **settings)
+    distilled = PackForcingPipeline.from_pretrained(bundle, tmp_path / "model.pt", use_ema=True, **settings)
     assert np.abs(distilled(PROMPT, num_frames=13).frames - wanted).max() < 1e-5
     with pytest.raises(CheckpointError, match="does not exist"):
         PackForcingPipeline.from_pretrained(tmp_path, tmp_path / "none.pt")
@@ -291,9 +286,9 @@ def test_tiled_decoding_is_the_librarys(pipe):
 
 
 @pytest.mark.parametrize("to", ["memory", "disk"])
-def test_offloaded_by_groups_it_makes_the_same_video(pipe, folder, tmp_path, to):
+def test_offloaded_by_groups_it_makes_the_same_video(pipe, bundle, tmp_path, to):
     wanted = pipe(PROMPT, num_frames=13).frames
-    other = PackForcingPipeline.from_pretrained(folder, cache=CACHE, sampler=SAMPLER, video=VIDEO)
+    other = PackForcingPipeline.from_pretrained(bundle, cache=CACHE, sampler=SAMPLER, video=VIDEO)
     path = str(tmp_path) if to == "disk" else None
     other.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=path)
     assert np.abs(other(PROMPT, num_frames=13).frames - wanted).max() < 1e-5

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import write_bundle
 
 from pipeline.bundle import load_text_encoder
 from pipeline.data import shards
@@ -36,11 +35,6 @@ sampler: {{negative_prompt: "a black shape"}}
 train: {{sample_prompts: ["a yellow square drifts up over a red plain"]}}
 data: {{kind: prompts}}
 """
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return write_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture

@@ -51,11 +51,6 @@ def clip(index, frames=8, height=HEIGHT, width=WIDTH):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    return write_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Five usable videos, one in a folder of its own, and one each: broken, too short, without caption."""
     folder = tmp_path_factory.mktemp("videos")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings, write_world
+from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings
 from test_chunk_context import sorted_tokens
 from toy import randn
 
@@ -30,11 +30,6 @@ class Story:
     def sample(self, seed, index, frames):
         captions = [WORDS[(index + chunk) % len(WORDS)] for chunk in range(self.chunks)]
         return TrainingClip(randn(CHANNELS, frames, *SIZE, seed=index), captions, self.weights)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def make(root, story, *overrides, through_cache=True):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -200,20 +201,15 @@ def model_from_config(config: dict[str, Any]) -> nn.Module:
 def plain_copy(model: nn.Module) -> nn.Module | None:
     """A copy of a library model on the CPU, without shards or hooks, on the first rank; None on the others.
 
-    A collective call where the model is sharded: tensors are gathered one at a time.
+    A collective call where the model is sharded.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    weights = {}
-    for name, value in model.state_dict().items():
-        value = whole(value.detach())
-        if first:
-            weights[name] = value.cpu().clone()
-    if not first:
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.is_initialized() and dist.get_rank() != 0:
         return None
     kind = plain_class(model)
     with init_empty_weights(include_buffers=False):
         copy = kind(model.config) if isinstance(model, PreTrainedModel) else kind.from_config(model.config)
-    copy.load_state_dict(weights, assign=True)
+    copy.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
     if isinstance(copy, PreTrainedModel):
         copy.tie_weights()
     return copy

@@ -1,0 +1,17 @@
+"""What several test modules start from."""
+
+import pytest
+from distill import write_world
+from tiny import write_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """Random models; nobody changes them."""
+    return write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A world to distil in, the module's own."""
+    return write_world(tmp_path_factory.mktemp("world"))
