@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=2 train.py --config_path configs/tiny/teacher.yaml train.max_steps=5000
 
 A run lives in `train.logdir` (or --logdir): resolved config, log.jsonl, checkpoints, samples and, at the end, bundle/.
-Started again, it goes on from its last checkpoint;
-Ctrl-C or SIGTERM saves one.
+Started again, it goes on from its last checkpoint; Ctrl-C or SIGTERM saves one at the end of the step. Exit status: 130
+or 143 then, of every rank (torchrun's own is 1, and it waits 30 s); 2 a mistake, in one line; 1 training diverged.
 """
 
 import argparse
