@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from utils.metrics import METRICS
-from utils.sprites.story import CHANCE, LEFT_OUT, RecallMark, recall_table
+from utils.sprites.story import CHANCE, LEFT_OUT, SINCE, RecallMark, recall_table
 
 COLOURS = matplotlib.colormaps["tab10"]
 PAGE = """<!doctype html>
@@ -123,13 +123,16 @@ def plot_recall(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> st
         tables[cell] = recall_table([RecallMark(**mark) for record in of_cell for mark in record["recall"]])
     if not any(tables.values()):
         return ""
+    buckets = [*map(str, SINCE), f"over {SINCE[-1]}"]
     figure, axes = plt.subplots(1, len(LEFT_OUT), figsize=(6 * len(LEFT_OUT), 3.2))
     for axis, attribute in zip(axes, LEFT_OUT, strict=True):
         axis.set_title(f"{attribute} recalled, by chunks since last seen (dotted: chance)", fontsize=9)
         axis.axhline(CHANCE[attribute], color="0.5", linestyle=":")
         for number, (cell, found) in enumerate(tables.items()):
             shares = {bucket: some[attribute] for bucket, some in found.get("since", {}).items()}
-            axis.plot(list(shares), list(shares.values()), "o-", label=cell, color=COLOURS(number % COLOURS.N))
+            places = [buckets.index(bucket) for bucket in shares]
+            axis.plot(places, list(shares.values()), "o-", label=cell, color=COLOURS(number % COLOURS.N))
+        axis.set_xticks(range(len(buckets)), buckets)
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=6)
