@@ -291,6 +291,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def pipeline_settings(config: Config) -> dict[str, Any]:
+    """What a `PackForcingPipeline` takes of a config: plain values of the sections `cache`, `sampler` and `video`."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return {name: values[name] for name in ("cache", "sampler", "video")}
+
+
 def write_model_index(folder: Path, config: Config) -> None:
     """`model_index.json` of a folder that holds all parts, so that `PackForcingPipeline.from_pretrained` reads it."""
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
@@ -303,7 +309,5 @@ def write_model_index(folder: Path, config: Config) -> None:
         "scheduler": ["diffusers", FlowMatchEulerDiscreteScheduler.__name__],
         "transformer": [CausalWanModel.__module__, CausalWanModel.__name__],
     }
-    sections = {name: getattr(config, name) for name in ("cache", "sampler", "video")}
-    for name, part in sections.items():
-        index[name] = OmegaConf.to_container(OmegaConf.structured(part), enum_to_str=True)
+    index |= pipeline_settings(config)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

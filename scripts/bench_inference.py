@@ -16,7 +16,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 
 from utils.cli import answer_typos, config_parser, run_configured
 
@@ -33,7 +32,7 @@ from model.attention import attend
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.schedule import WAN_SHIFT
-from pipeline.bundle import load_scheduler, load_text_encoder, load_vae
+from pipeline.bundle import load_scheduler, load_text_encoder, load_vae, pipeline_settings
 from pipeline.generate.inference import Runtime, load_model, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Rollout
@@ -93,8 +92,7 @@ def pipeline_of(config: Config, runtime: Runtime) -> PackForcingPipeline:
         config.sampler.shift = config.sampler.shift or WAN_SHIFT
     else:
         vae, scheduler = load_vae(config, runtime.device, runtime.dtype), load_scheduler(config)
-    sections = {name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")}
-    return PackForcingPipeline(None, None, vae, scheduler, model, **sections)
+    return PackForcingPipeline(None, None, vae, scheduler, model, **pipeline_settings(config))
 
 
 def vae_seconds(vae: AutoencoderKLWan, latents: torch.Tensor, chunks: int) -> float:

@@ -94,7 +94,7 @@ def roll(model, cache, num_chunks, batch=1, steps=STEPS):
             noisy = torch.cat([toy_chunk(index, sample, kind, frames) for sample in range(batch)])
             asked = spy_on_selection(context)
             flows.append(model(noisy, torch.full((batch,), step), prompt, context=context, return_kv=False).sample)
-            selections.append([asked[layer].tolist() for layer in layers])
+            selections.append([asked[layer].tolist() for layer in layers if layer in asked])  # compiled: none
         clean = torch.cat([toy_chunk(index, sample, 0, frames) for sample in range(batch)])
         cache.commit(model(clean, torch.zeros(batch), prompt, context=context).kv, context)
     return flows, selections

@@ -25,11 +25,13 @@ from safetensors.torch import save_file
 from model.cache.cache import PackCache
 from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
+from pipeline.generate.inference import Runtime, load_pipeline
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from tests import tiny
 from utils.config import ConfigError
+from utils.load_config import load_config
 
 PROMPT, OTHER = "a red circle bounces over a blue plain", "a green shape circles over a gradient"
 CACHE = {"sink": 1, "recent": 1, "top_k": 1, "compressor": {"channels": [4, 8]}}
@@ -357,3 +359,17 @@ def test_what_is_no_lora_is_named(pipe, tmp_path):
     for name, message in (("lora.pt", "no entry `generator_lora`"), ("lora.safetensors", "head.weight is no LoRA")):
         with pytest.raises(CheckpointError, match=message):
             pipe.load_lora_weights(tmp_path / name)
+
+
+def test_loras_of_a_config_are_fused(pipe, folder, tmp_path):
+    own = pipe.transformer.state_dict()
+    weights = lora_weights(pipe)
+    save_file({f"transformer.{name}": value for name, value in weights.items()}, tmp_path / "style.safetensors")
+    (tmp_path / "tiny.yaml").write_text(tiny.CONFIG, encoding="utf-8")
+    entries = f"model.lora=[{tmp_path}/style.safetensors,{tmp_path}/style.safetensors:0.5]"
+    config = load_config(str(tmp_path / "tiny.yaml"), [f"model.bundle={folder}", entries])
+    fused = load_pipeline(config, Runtime(torch.device("cpu"), torch.float32)).transformer.state_dict()
+    assert fused.keys() == own.keys()
+    for layer in ("blocks.0.attn1.to_q", "blocks.1.attn2.to_v"):
+        update = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(fused[f"{layer}.weight"], own[f"{layer}.weight"] + 1.5 * update)

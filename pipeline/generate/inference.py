@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from pipeline.bundle import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    pipeline_settings,
     place,
     transformer_settings,
 )
@@ -137,18 +138,14 @@ def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
     transformer = load_model(config, runtime)
     tokenizer, text_encoder = load_text_encoder(config, runtime.device, runtime.dtype)
     vae = load_vae(config, runtime.device, runtime.dtype)
-    pipe = PackForcingPipeline(
-        tokenizer,
-        text_encoder,
-        vae,
-        load_scheduler(config),
-        transformer,
-        **{name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")},
-    )
-    for number, (path, scale) in enumerate(loras(config)):
-        pipe.load_lora_weights(path, adapter_name=f"lora{number}")
-        pipe.fuse_lora(adapter_names=[f"lora{number}"], lora_scale=scale)
+    settings = pipeline_settings(config)
+    pipe = PackForcingPipeline(tokenizer, text_encoder, vae, load_scheduler(config), transformer, **settings)
     if config.model.lora:
+        found = {f"lora{number}": entry for number, entry in enumerate(loras(config))}
+        for name, (path, _) in found.items():
+            pipe.load_lora_weights(path, adapter_name=name)
+        pipe.set_adapters(list(found), [scale for _, scale in found.values()])
+        pipe.fuse_lora(adapter_names=list(found))  # all at once: a file read after a fusion would undo it
         pipe.unload_lora_weights()  # what was fused stays
     return pipe
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
-from pipeline.bundle import transformer_settings, vae_shape_of, write_model_index
+from pipeline.bundle import pipeline_settings, transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
@@ -107,9 +106,9 @@ class GeneratorStage(Stage):
     def generate(self, noise: NoiseSource, prompts: Prompts, step: int) -> torch.Tensor:
         """`noise` as a rollout takes it and P prompts -> latents [P, C, F, H, W]."""
         config, train = self.config, self.config.train
-        sections = {name: asdict(getattr(config, name)) for name in ("cache", "sampler", "video")}
+        settings = pipeline_settings(config)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=train.shift)
-        pipe = PackForcingPipeline(None, None, self.decoder_vae, scheduler, self.transformer, **sections)
+        pipe = PackForcingPipeline(None, None, self.decoder_vae, scheduler, self.transformer, **settings)
         latent_frames = max(train.sample_frames, train.sample_long_frames)
         chunks = pipe.stream(
             prompt_embeds=prompts.embeds, negative_prompt_embeds=prompts.negative, noise=noise,
