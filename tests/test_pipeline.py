@@ -361,13 +361,13 @@ def test_what_is_no_lora_is_named(pipe, tmp_path):
             pipe.load_lora_weights(tmp_path / name)
 
 
-def test_loras_of_a_config_are_fused(pipe, folder, tmp_path):
+def test_loras_of_a_config_are_fused(pipe, bundle, tmp_path):
     own = pipe.transformer.state_dict()
     weights = lora_weights(pipe)
     save_file({f"transformer.{name}": value for name, value in weights.items()}, tmp_path / "style.safetensors")
     (tmp_path / "tiny.yaml").write_text(tiny.CONFIG, encoding="utf-8")
     entries = f"model.lora=[{tmp_path}/style.safetensors,{tmp_path}/style.safetensors:0.5]"
-    config = load_config(str(tmp_path / "tiny.yaml"), [f"model.bundle={folder}", entries])
+    config = load_config(str(tmp_path / "tiny.yaml"), [f"model.bundle={bundle}", entries])
     fused = load_pipeline(config, Runtime(torch.device("cpu"), torch.float32)).transformer.state_dict()
     assert fused.keys() == own.keys()
     for layer in ("blocks.0.attn1.to_q", "blocks.1.attn2.to_v"):
