@@ -268,7 +268,7 @@ def test_what_is_sharded(inputs, tmp_path):
 def test_the_time_embedding_is_float32_in_mixed_precision():
     model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
                                   text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1)  # fmt: skip
-    stage = namedtuple("Stage", "modules targets frozen_modules")({"generator": model}, {}, list)
+    stage = namedtuple("Stage", "modules targets offloaded frozen_modules")({"generator": model}, {}, (), list)
     assert not prepare_stage(stage, Config(), World(), torch.device("cpu"))
     embedder = model.condition_embedder
     with torch.autocast("cpu", torch.bfloat16):
