@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -129,7 +130,10 @@ def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = to
         model.set_attention_backend(best_backend(device, trains))
     if config.train.gradient_checkpointing and trains:
         kept = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION)}
-        keeps = config.train.keep_attention and device.type == "cuda"  # matrix products stand for it on a CPU
+        # Not on a CPU, where matrix products stand for attention, nor without shards: autocast's casts of whole weights
+        # are cached in the forward, and selective checkpointing does not find them in the recomputation.
+        sharded = config.train.sharding != Sharding.none and dist.is_initialized()
+        keeps = config.train.keep_attention and device.type == "cuda" and sharded
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **(kept if keeps else {})))
     return model
 
