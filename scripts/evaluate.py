@@ -50,6 +50,7 @@ from utils.config import ConfigError
 from utils.load_config import load_config
 from utils.sprites.story import (
     CHANCE,
+    RECALLED,
     Story,
     recall,
     recall_table,
@@ -187,7 +188,8 @@ def evaluate_stories(arguments: argparse.Namespace) -> None:
         prompts, seconds = [story.schedule for story in stories], stories[0].shots[-1].frames.stop / FPS
         videos = generate_videos(config, pipe, prompts, seconds, arguments.batch)
         for number, (story, frames) in enumerate(zip(stories, videos, strict=True)):
-            returning += score_story(frames, story)
+            marks = score_story(frames, story)
+            returning += marks[-len(RECALLED) :] if arguments.since else marks  # the last shot is what was asked for
             first += score_story(frames, story, returning=False)
             if arguments.output_folder:
                 name = f"{number + group * len(stories):04d}.mp4"
