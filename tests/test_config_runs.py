@@ -47,7 +47,7 @@ def micro(world: Path, path: Path, logdir: Path) -> list[str]:
         "model.text_len": TEXT_LEN, "model.text_layers": 1, "model.text_heads": 2, "model.freq_dim": 16,
         "model.checkpoint": "null", "train.logdir": logdir, "train.max_steps": 1, "train.total_batch_size": "null",
         "train.compile": "false", "train.log_every": 1, "train.threads": 1, "train.batch_size": 1,
-        "data.vae": f"{world}/bundle/vae",
+        "data.vae": f"{world}/bundle/vae", "data.text_embeddings": "null",
         "data.num_clips": 2, "data.num_stills": 2 if data.num_stills else 0, "dmd.critic_updates": 1,
         "dmd.teacher": f"{world}/teacher", "ode.path": logdir.parent / "pairs", "ode.num_trajectories": 2,
         "inference.num_output_frames": config.video.frames_per_chunk, "inference.dtype": "float32",

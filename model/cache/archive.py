@@ -5,6 +5,7 @@ Shapes: B batch, N_c tokens of a compressed chunk, h scored heads, D head dim, k
 
 import logging
 import os
+from functools import lru_cache
 
 import psutil
 import torch
@@ -142,8 +143,13 @@ def auto_capacity(chunk_bytes: int, device: torch.device) -> int:
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chunks = max(1, min(MOST_CHUNKS, memory // SHARE // chunk_bytes))
+    _say_once(chunks, chunks * chunk_bytes, device)
+    return chunks
+
+
+@lru_cache  # training makes a cache a step
+def _say_once(chunks: int, size: int, device: torch.device) -> None:
     log.info(
         "cache.mid_capacity=auto: the last %d compressed chunks are kept for selection, at most %.2f GB in memory (%s)",
-        chunks, chunks * chunk_bytes / 1e9, device,
+        chunks, size / 1e9, device,
     )  # fmt: skip
-    return chunks
