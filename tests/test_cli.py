@@ -34,6 +34,7 @@ def test_a_bug_keeps_its_traceback():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("broken", [None, RecursionError, ImportError])
 def test_a_signal_ends_the_command_whatever_it_broke(number, broken, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     def work():
         try:
             os.kill(os.getpid(), number)
@@ -45,6 +46,7 @@ def test_a_signal_ends_the_command_whatever_it_broke(number, broken, capsys):
     assert run_command(work) == 128 + number
     assert "run the same command again" in capsys.readouterr().err
     assert run_command(lambda: 0) == 0  # forgotten
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

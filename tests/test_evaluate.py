@@ -81,7 +81,7 @@ def test_stories_are_made_and_their_recall_is_told(world, capsys, tmp_path):
     assert code == 0 and result["stories"] == 6 and result["stories_per_minute"] > 0
     assert {name: found["shots"] for name, found in result["recall"]["since"].items()} == {"1": 3, "4": 3}
     assert set(result["chance"]) < set(result["first"]) < set(result["recall"]["all"][""])
-    assert [len(read_video(tmp_path / f"000{number}.mp4")) for number in (0, 5)] == [33, 45]
+    assert [len(read_video(tmp_path / f"000{number}.mp4")) for number in (0, 5)] == [57, 69]
     assert main([str(tmp_path), "--json"]) == 0  # the sidecars tell the stories
     again = json.loads(capsys.readouterr().out.splitlines()[-1])["folders"]["."]
     assert again["recall"]["since"]["1"]["shots"] == 3 and again["videos"] == 6
