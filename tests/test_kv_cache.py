@@ -9,6 +9,7 @@ from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.block import ChunkKV, LayerKV
+from model.cache.archive import _say_once
 from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
 from utils.config import (
@@ -371,6 +372,7 @@ def test_an_automatic_capacity_is_what_memory_holds(monkeypatch, caplog):
         cache = PackCache(toy_config(channels=(3, 6)), geometry, head_dim=6, trained_frames=21)
         assert cache.mid_tokens == 3
         kv = random_kv(geometry, 4, 6, cache.mid_tokens, 0, layers=2)
+        _say_once.cache_clear()
         with caplog.at_level("INFO"):
             for _ in range(20):
                 attended(cache, kv)
