@@ -5,7 +5,6 @@ import torch
 from distill import write_world
 from tiny import write_bundle
 
-
 torch.set_num_threads(1)  # a core for each of the processes that share the tests
 
 
