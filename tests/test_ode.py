@@ -14,12 +14,10 @@ from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import load_student, load_text
 from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories
+from scripts.generate_ode_pairs import main
 from utils.config import ConfigError, SamplerConfig
 from utils.distributed import World
 from utils.rng import keyed_generator
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scripts.generate_ode_pairs import main  # noqa: E402
 
 SEED, SHIFT, GRID, GUIDANCE = 5, 3.0, 8, 6.0
 POINTS = [0, 2, 4, 6]  # where 1000, 750, 500 and 250 lie on a grid of 8
