@@ -246,11 +246,16 @@ def load_text_encoder(
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """The bundle's tokenizer and text encoder. Raises `CheckpointError` for files that do not fit."""
     folder = bundle_folder(config)
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """That of a bundle's folder. Raises `CheckpointError`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # tokenizers raises nothing more special
         raise CheckpointError(f"{folder / 'tokenizer'}: no tokenizer ({_first_line(error)})") from error
-    return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
 
 
 def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):

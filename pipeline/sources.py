@@ -26,6 +26,23 @@ def bundle_folder(config: Config) -> Path:
     return folder
 
 
+def need_folder(path: str | None, key: str, part: str) -> Path:
+    """The folder that setting `key` names. Raises `ConfigError` where it is unset or not there."""
+    if path is None:
+        raise ConfigError(f"setting `{key}` is not set: name a folder with {part}")
+    if not Path(path).is_dir():
+        raise ConfigError(f"setting `{key}` is {path}: there is no such folder")
+    return Path(path)
+
+
+def vae_folder(config: Config) -> Path:
+    """`data.vae`. Raises `ConfigError` as `need_folder`, and where no VAE is there."""
+    folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"setting `data.vae` is {folder}: no AutoencoderKLWan there")
+    return folder
+
+
 def transformer_source(config: Config) -> Path:
     """Where the transformer's weights come from: `model.checkpoint`, else the bundle's own."""
     if config.model.checkpoint is not None:

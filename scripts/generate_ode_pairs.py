@@ -23,10 +23,9 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
 
     from model.weights import content_hash
     from pipeline.bundle import place, vae_shape_of
-    from pipeline.sources import transformer_source
+    from pipeline.sources import transformer_source, vae_folder
     from pipeline.train.prompt_data import PromptData
     from pipeline.train.roles import check_student, load_student, load_text
-    from pipeline.train.stage_parts import vae_folder
     from pipeline.train.trajectories import grid_points, write_trajectories
     from utils.distributed import rank
 

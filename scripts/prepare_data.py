@@ -39,12 +39,12 @@ from diffusers import AutoencoderKLWan
 
 from model.weights import content_hash
 from pipeline.bundle import load_library_model, vae_shape_of
-from pipeline.data.clips import LatentClips, check_clips, write_clips
+from pipeline.data.clips import LatentClips, check_clips, data_folder, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts, read_prompts
 from pipeline.data.text import TextEmbeddings, embed_prompts
 from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, list_videos
-from pipeline.train.stage_parts import vae_folder
+from pipeline.sources import vae_folder
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
 
@@ -74,9 +74,7 @@ def prepare(config: Config, arguments: argparse.Namespace, device: torch.device,
 
 
 def clips_folder(config: Config) -> Path:
-    if config.data.path is None:
-        raise ConfigError("setting `data.path` is not set: name the folder of latents")
-    return Path(config.data.path) / "clips"
+    return data_folder(config) / "clips"
 
 
 def check(config: Config) -> int:

@@ -8,7 +8,7 @@ from test_through_cache import Story, make, parts
 from tiny import transformer
 
 from model.causal_wan import CausalWanModel
-from pipeline.train.stage_parts import load_causal
+from pipeline.train.roles import load_causal
 
 TRAINED = ["hr_spatiotemporal", "dual", "dual_spatial"]
 CASES = [f"kind={kind}" for kind in TRAINED] + ["kv=forward"]

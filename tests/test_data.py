@@ -8,10 +8,10 @@ import torch
 from tiny import vae as tiny_vae
 
 from pipeline.data.clips import LatentClips, SpriteClips, write_clips
+from pipeline.data.latents import LatentData
 from pipeline.data.shards import PLAN, Shards, ShardWriter, shard_path
 from pipeline.data.vae_clip import encode_frames, normalise
 from pipeline.train.prompt_data import PromptData
-from pipeline.train.stage_parts import LatentData
 from utils.config import ConfigError, DataKind, PhaseConfig
 from utils.distributed import World
 from utils.load_config import load_config

@@ -11,8 +11,8 @@ from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
 from pipeline.text import encode_text
 from pipeline.train import generator
+from pipeline.train.export import swapped_in
 from pipeline.train.flow import ARDiffusionStage, TeacherStage, forced_flow
-from pipeline.train.stage_parts import swapped_in
 from utils.config import Config, ConfigError, LossWeighting, PhaseConfig
 from utils.distributed import World
 

@@ -11,8 +11,8 @@ from pipeline.data import shards
 from pipeline.data import text as text_embeddings
 from pipeline.data.text import TextEmbeddings, write_embeddings
 from pipeline.text import encode_text
-from pipeline.train import stage_parts
-from pipeline.train.stage_parts import TextConditioning
+from pipeline.train import text as conditioning
+from pipeline.train.text import TextConditioning
 from scripts.prepare_data import main
 from utils.cli import INTERRUPTED
 from utils.config import ConfigError
@@ -152,7 +152,7 @@ def test_a_bundle_gets_the_encoder_from_where_it_lies(run, bundle, tmp_path, cap
 def test_embeddings_are_remembered_up_to_a_limit(run, tmp_path, monkeypatch):
     assert run() == 0
     text = TextConditioning.load(config_of(tmp_path), CPU, TEXT_LEN)
-    monkeypatch.setattr(stage_parts, "MEMO_BYTES", 2 * TEXT_LEN * 16 * 4)
+    monkeypatch.setattr(conditioning, "MEMO_BYTES", 2 * TEXT_LEN * 16 * 4)
     first = text.encode(PROMPTS[:1])
     for prompt in PROMPTS:
         assert torch.equal(text.encode([prompt]), text.encode([prompt]))

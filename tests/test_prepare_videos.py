@@ -14,11 +14,11 @@ import inference_packforcing
 import train
 from pipeline.data import shards
 from pipeline.data.clips import LatentClips, write_clips
+from pipeline.data.latents import LatentData
 from pipeline.data.shards import Shards, ShardWriter, read_notes, shard_path
 from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, fit, list_videos, nearest_frames, read_clip
 from pipeline.train.flow import ARDiffusionStage
-from pipeline.train.stage_parts import LatentData
 from scripts.prepare_data import main
 from utils.config import ConfigError
 from utils.distributed import World

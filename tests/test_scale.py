@@ -24,7 +24,7 @@ from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_info,
 from pipeline.train.checks import check_ranks
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.parallel import prepare_stage
-from pipeline.train.trainer import StepPlan
+from pipeline.train.plan import StepPlan
 from scripts import export_checkpoint
 from tests import scale_runs
 from tests.scale_runs import arguments, batch_of, finish, stage_overrides, start

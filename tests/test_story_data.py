@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from tiny import vae as tiny_vae
 
+from pipeline.data.latents import LatentData
 from pipeline.data.vae_clip import encode_frames
-from pipeline.train.stage_parts import LatentData
 from utils.config import ConfigError, StoryConfig
 from utils.distributed import World
 from utils.load_config import load_config

@@ -7,10 +7,10 @@ from test_chunk_context import sorted_tokens
 from toy import randn
 
 from model.cache.context import ChunkContext
+from pipeline.data.latents import TrainingClip
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.flow import ARDiffusionStage, forced_flow
-from pipeline.train.stage_parts import TrainingClip
 from pipeline.train.through_cache import loss_shares
 from utils.config import ConfigError
 from utils.distributed import World

@@ -17,8 +17,9 @@ from torch import nn
 from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_into
 from pipeline.train.checks import check_plan
 from pipeline.train.method import Stage
+from pipeline.train.plan import StepPlan
 from pipeline.train.state import learning_rate
-from pipeline.train.trainer import StepPlan, Trainer, TrainingDivergedError
+from pipeline.train.trainer import Trainer, TrainingDivergedError
 from train import main
 from utils.config import Config, ConfigError, OptimizerConfig, OptimizerKind, PhaseConfig
 from utils.distributed import World

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipeline.data.shards import Shards, ShardWriter, read_notes, read_plan, shard_path
-from utils.config import ConfigError
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator
 from utils.sprites.story import first_frame, render_stills, render_story, sample_story
@@ -29,6 +29,13 @@ from utils.sprites.world import caption, render, sample_spec
 CLIPS, COMMAND = "clips", "python -m scripts.prepare_data"
 SHARD_CLIPS = 256
 FRAMES_AT_ONCE = 384  # bounds the encoder's memory
+
+
+def data_folder(config: Config) -> Path:
+    """`data.path`, where latents are. Raises `ConfigError` where it is not set."""
+    if config.data.path is None:
+        raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
+    return Path(config.data.path)
 
 
 class ClipSource(Protocol):

@@ -27,13 +27,13 @@ from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
 from pipeline.data.vae_clip import normalise
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.sources import need_folder, vae_folder
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
 from pipeline.train.method import method
 from pipeline.train.parallel import gathered
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import check_student, load_score, load_student, load_text
-from pipeline.train.stage_parts import need_folder, vae_folder
 from utils.config import CacheKind, Config, ConfigError, OptimizerConfig, Reshard
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn

@@ -18,16 +18,18 @@ from torch import nn
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import random_model, read_shape, transformer_settings, vae_shape_of
+from pipeline.data.latents import LatentData
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import check_cache
 from pipeline.generate.rollout import Prompts
+from pipeline.sources import need_folder, vae_folder
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
 from pipeline.train.method import method
-from pipeline.train.roles import prepare
-from pipeline.train.stage_parts import LatentData, TextConditioning, load_causal, load_wan, need_folder, vae_folder
+from pipeline.train.plan import StepPlan
+from pipeline.train.roles import load_causal, load_wan, prepare
+from pipeline.train.text import TextConditioning
 from pipeline.train.through_cache import flows_through_cache, loss_shares
-from pipeline.train.trainer import StepPlan
 from utils.config import Config, ConfigError, LossWeighting, Sharding
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn

@@ -20,11 +20,13 @@ from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.sources import vae_folder
 from pipeline.text import check_heads
+from pipeline.train.export import save_exported, swapped_in
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
-from pipeline.train.stage_parts import TextConditioning, save_exported, swapped_in, vae_folder
+from pipeline.train.text import TextConditioning
 from utils.config import Config, ConfigError, SamplerConfig, TextPlacement
 
 

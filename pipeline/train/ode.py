@@ -13,11 +13,11 @@ import torch
 
 from model.schedule import FlowMatchSchedule
 from pipeline.data.clips import place_of
+from pipeline.sources import need_folder, vae_folder
 from pipeline.train.flow import mean_where
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
-from pipeline.train.stage_parts import need_folder, vae_folder
 from pipeline.train.trajectories import Trajectories, student_steps
 from utils.config import Config, ConfigError
 from utils.distributed import World

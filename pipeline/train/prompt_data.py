@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from pipeline.data.clips import place_of
+from pipeline.data.latents import LatentData
 from pipeline.data.prompts import data_prompts, read_prompts
-from pipeline.train.stage_parts import LatentData
 from utils.config import Config, ConfigError
 from utils.distributed import World
 

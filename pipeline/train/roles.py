@@ -1,8 +1,9 @@
-"""What the distillation stages start from: the student, and checks that its settings make sense."""
+"""Models by role: what stages start from, checked against settings and against one another, and made ready."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,21 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from model.attention import best_backend, prepare_for_cpu
 from model.block import CausalWanBlock
-from model.causal_wan import CausalWanModel
-from model.weights import cast_weights
-from pipeline.bundle import load_transformer, random_model, read_shape, transformer_settings, vae_shape_of
+from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
+from model.weights import CheckpointError, cast_weights
+from pipeline.bundle import (
+    load_library_model,
+    load_mapped,
+    load_transformer,
+    random_model,
+    read_json,
+    read_shape,
+    transformer_settings,
+    vae_shape_of,
+)
 from pipeline.generate.inference import check_cache
-from pipeline.sources import transformer_source
-from pipeline.train.stage_parts import TextConditioning, load_wan, need_folder, vae_folder
+from pipeline.sources import need_folder, transformer_source, vae_folder
+from pipeline.train.text import TextConditioning
 from utils.config import Config, ConfigError, Sharding
 
 aten = torch.ops.aten
@@ -83,6 +93,36 @@ def load_student(
             f"setting `model.bundle`: the model has {model.config.in_channels} latent channels, the training data "
             f"{channels}"
         )
+    return model
+
+
+def load_wan(path: str | None, key: str) -> WanTransformer3DModel:
+    """The bidirectional DiT that setting `key` names, as it is stored, its weights still in the files.
+
+    Raises `ConfigError` where the setting is unset, or the folder does not hold exactly such a model's weights.
+    """
+    folder = need_folder(path, key, "a WanTransformer3DModel")
+    try:
+        return load_mapped(WanTransformer3DModel, folder)
+    except CheckpointError as error:
+        raise ConfigError(f"setting `{key}`: {error}") from error
+
+
+def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
+    """A causal DiT, float32, with the weights of the model in the folder that setting `key` names, bidirectional or
+    causal, and `settings` of its own; a compressor of other kind or shape starts fresh. Raises `ConfigError` likewise.
+    """
+    folder = need_folder(path, key, "a transformer")
+    if read_json(folder / "config.json").get("_class_name") != CausalWanModel.__name__:
+        return CausalWanModel.from_wan(load_wan(path, key), **settings)
+    try:
+        source = load_library_model(CausalWanModel, folder, torch.float32)
+    except CheckpointError as error:
+        raise ConfigError(f"setting `{key}`: {error}") from error
+    model = CausalWanModel(**{**{k: v for k, v in source.config.items() if not k.startswith("_")}, **settings})
+    own, state = model.state_dict(), source.state_dict()
+    shapes, stored = ({k: v.shape for k, v in x.items() if k.startswith(COMPRESSOR_PREFIX)} for x in (own, state))
+    model.load_state_dict(own | {k: v for k, v in state.items() if k not in stored or shapes == stored})
     return model
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pipeline.train.checkpoints import Checkpoints, read_info, read_into
 from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
+from pipeline.train.plan import StepPlan
 from pipeline.train.state import RoleState
 from pipeline.train.throughput import FlopMeter
 from utils.cli import noted_signals, raise_signal
@@ -40,49 +41,6 @@ class TrainingDivergedError(RuntimeError):
     """Loss or gradient was not finite for several steps in a row."""
 
     exit_status = 1
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """How many samples every step takes: per rank and micro-step `batch_size(step)`, ranks x accumulation of them.
-
-    `taken_elsewhere`: samples that steps before a resume took more than they would have with this number of ranks.
-    """
-
-    config: Config
-    world_size: int
-    taken_elsewhere: int = 0
-
-    def phase_of(self, step: int) -> tuple[int, int]:
-        """(index of the curriculum's phase, steps before it); the last phase has no end."""
-        phases, start = self.config.train.phases, 0
-        for i, phase in enumerate(phases[:-1]):
-            if step < start + phase.steps:
-                return i, start
-            start += phase.steps
-        return len(phases) - 1, start
-
-    def batch_size(self, step: int) -> int:
-        train = self.config.train
-        return train.phases[self.phase_of(step)[0]].batch_size if train.phases else train.batch_size
-
-    def total(self, step: int) -> int:
-        return self.batch_size(step) * self.world_size * self.config.train.gradient_accumulation
-
-    def samples_before(self, step: int) -> int:
-        """Samples that all ranks took in steps 0 .. step-1."""
-        if not self.config.train.phases:
-            return step * self.total(0) + self.taken_elsewhere
-        current, start = self.phase_of(step)
-        done = sum(p.steps * p.batch_size for p in self.config.train.phases[:current])
-        done += (step - start) * self.batch_size(step)
-        return done * self.world_size * self.config.train.gradient_accumulation + self.taken_elsewhere
-
-    def indices(self, step: int, micro: int, rank: int) -> range:
-        """Global sample indices of one rank's micro-batch."""
-        size = self.batch_size(step)
-        first = self.samples_before(step) + (micro * self.world_size + rank) * size
-        return range(first, first + size)
 
 
 class Trainer:

@@ -21,7 +21,7 @@ from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.data.shards import Shards, ShardWriter
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
-from pipeline.train.stage_parts import TextConditioning
+from pipeline.train.text import TextConditioning
 from utils.config import Config, ConfigError
 from utils.distributed import World
 

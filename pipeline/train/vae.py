@@ -20,10 +20,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 
 from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, to_video
+from pipeline.train.export import exported, swapped_in
 from pipeline.train.method import Stage, Weights, method
+from pipeline.train.plan import StepPlan
 from pipeline.train.samples import write_samples
-from pipeline.train.stage_parts import exported, swapped_in
-from pipeline.train.trainer import StepPlan
 from utils.config import Config, VAEConfig
 from utils.distributed import World
 from utils.rng import keyed_randn

@@ -1,0 +1,139 @@
+"""Conditioning on text in training: an encoder, frozen or trained along, or stored embeddings in its place."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from pipeline.bundle import load_mapped, load_tokenizer
+from pipeline.data.prompts import data_prompts, fixed_prompts
+from pipeline.data.text import TextEmbeddings
+from pipeline.sources import need_folder
+from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
+from pipeline.train.export import save_exported
+from utils.config import Config, ConfigError, TextPlacement
+
+log = logging.getLogger(__name__)
+
+MEMO_BYTES = 2**30  # of remembered prompt embeddings
+PARTS = ("text_encoder", "tokenizer")
+
+
+@dataclass
+class TextConditioning:
+    """Text encoder and tokenizer of a stage, or the embeddings that stand for them.
+
+    Attributes:
+        tokenizer, encoder: None where embeddings are `stored`.
+        trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
+        device: where embeddings are wanted.
+        stored: what `data.text_embeddings` names.
+        source: folder that the frozen encoder and tokenizer are from.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    encoder: UMT5EncoderModel | None
+    text_len: int
+    trainable: bool
+    device: torch.device
+    stored: TextEmbeddings | None = None
+    source: Path | None = None
+    _memo: dict[str, torch.Tensor] = field(default_factory=dict)
+    _fixed: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
+        """From `data.text_embeddings`, or `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of
+        width `model.text_dim`. `text_len`: tokens that the DiT takes.
+
+        Raises `ConfigError` where these are not there, or stored embeddings lack a prompt that training would ask for.
+        """
+        train, model, folder = config.train, config.model, None
+        if train.text_from is not None:
+            folder = need_folder(train.text_from, "train.text_from", " and ".join(PARTS))
+            for part in PARTS:
+                need_folder(str(folder / part), "train.text_from", part)
+        if config.data.text_embeddings is not None:
+            return cls(None, None, text_len, False, device, _stored(config, text_len), folder)
+        if folder is None:
+            tokenizer = sprite_tokenizer()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
+            return cls(tokenizer, encoder.to(device).train(), text_len, True, device)
+        tokenizer, encoder = load_tokenizer(folder), load_mapped(UMT5EncoderModel, folder / "text_encoder")
+        if train.text_placement == TextPlacement.device:
+            encoder = encoder.float().to(device)
+        return cls(tokenizer, encoder.requires_grad_(False).eval(), text_len, False, device, None, folder)
+
+    @property
+    def text_dim(self) -> int:
+        return self.encoder.config.d_model if self.stored is None else self.stored.text_dim
+
+    def encode(self, prompts: Sequence[str], fixed: bool = False) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]; with gradient where the encoder is trained. `fixed`: every rank asks for
+        the same ones again and again, and they are never forgotten."""
+        if self.trainable:
+            return encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        if fixed:
+            if (key := tuple(prompts)) not in self._fixed:
+                self._fixed[key] = self.encode(prompts)
+            return self._fixed[key]
+        if isinstance(self.encoder, FSDPModule):  # ranks must call it alike
+            return self._run_encoder(prompts)
+        found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
+        for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
+            found[prompt] = self._embed(prompt)
+        self._memo |= found
+        while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
+            del self._memo[next(iter(self._memo))]  # the oldest
+        return torch.stack([found[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> torch.Tensor:
+        """[text_len, text_dim], zero past the prompt's end."""
+        if self.stored is None:
+            return self._run_encoder([prompt])[0]
+        embedding = self.stored[prompt].to(self.device, torch.float32)  # [length, text_dim]
+        return F.pad(embedding, (0, 0, 0, self.text_len - len(embedding)))
+
+    @torch.no_grad()
+    def _run_encoder(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[len(prompts), text_len, text_dim]."""
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            embeddings = encode_text(self.tokenizer, self.encoder, prompts, self.text_len)
+        return embeddings.to(self.device, torch.float32)
+
+    def save(self, folder: Path | None) -> None:
+        """Text encoder, in bfloat16, and tokenizer to `folder`; as they are where only embeddings were loaded. Without
+        a folder: only take part in gathering a sharded encoder."""
+        if self.encoder is not None:
+            save_exported(self.encoder, folder, "text_encoder")
+        if folder is None:
+            return
+        if self.encoder is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+        elif self.source is not None:
+            for part in PARTS:
+                shutil.copytree(self.source / part, folder / part, dirs_exist_ok=True)
+        else:
+            log.warning("%s gets no text encoder and tokenizer: train.text_from does not say where they are", folder)
+
+
+def _stored(config: Config, text_len: int) -> TextEmbeddings:
+    stored = TextEmbeddings(config.data.text_embeddings)
+    if stored.text_len != text_len:
+        raise ConfigError(
+            f"setting `data.text_embeddings` is {stored.folder}: its prompts were cut at {stored.text_len} tokens, the "
+            f"model takes {text_len}; write them again with python -m scripts.prepare_data"
+        )
+    stored.require(fixed_prompts(config) + data_prompts(config))
+    return stored
