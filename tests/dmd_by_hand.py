@@ -3,6 +3,7 @@
 import torch
 from distill import CHANNELS, FRAMES, SIZE
 
+from pipeline.generate.rollout import Prompts
 from utils.rng import keyed_generator
 
 SEED, SHIFT, STEPS = 5, 3.0, [1000, 750, 500, 250]
@@ -34,7 +35,7 @@ def flow_of(model, noisy, timestep, stage, prompt):
 def generator_gradient(stage, batch, step, x0):
     """[(kl gradient [1, C, F, H, W], critic's and teacher's flow error)] of every sample."""
     result = []
-    for place, (prompt, index) in enumerate(zip(batch["prompts"], batch["indices"], strict=True)):
+    for place, (prompt, index) in enumerate(zip(batch["script"].scored, batch["indices"], strict=True)):
         own, (timestep, noise) = x0[place : place + 1].detach(), drawn("generator", step, index)
         sigma = snapped(timestep)
         noisy = (1 - sigma) * own + sigma * noise
@@ -50,4 +51,5 @@ def generator_gradient(stage, batch, step, x0):
 
 
 def generated(stage, batch, step, role="generator"):
-    return stage._generated(role, batch, step, stage.text.encode(batch["prompts"]))
+    shots = {start: Prompts(stage.text.encode(prompts)) for start, prompts in batch["script"].prompts.items()}
+    return stage._generated(role, batch, step, shots)

@@ -55,7 +55,7 @@ def test_critic_loss(stage):
     x0 = generated(stage, batch, step, "critic").latents
     assert not x0.requires_grad
     errors = []
-    for place, (prompt, index) in enumerate(zip(batch["prompts"], INDICES, strict=True)):
+    for place, (prompt, index) in enumerate(zip(batch["script"].scored, INDICES, strict=True)):
         own, (timestep, noise) = x0[place : place + 1], drawn("critic", step, index)
         sigma = snapped(timestep)
         noisy = (1 - sigma) * own + sigma * noise

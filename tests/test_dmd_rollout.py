@@ -13,6 +13,7 @@ from pipeline.generate.rollout import Prompts, Rollout
 from utils.config import ConfigError
 from utils.load_config import load_config
 from utils.rng import keyed_randn
+from utils.sprites.world import parse_caption
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_training_attends_what_inference_attends(root, monkeypatch, longer):
         keys = [(SEED, "rollout", "generator", step, index, chunk, denoising_step) for index in INDICES]
         return torch.stack([keyed_randn(shape, *key) for key in keys])
 
-    prompts = Prompts(stage.text.encode(batch["prompts"]))
+    prompts = Prompts(stage.text.encode(batch["script"].scored))
     rollout = Rollout(stage.transformer, cache, config.sampler, prompts, noise)
     expected = torch.cat([latents for _, latents in rollout.run(stage.max_chunks, commit_last=False)], dim=2)
     frames = FRAMES - CHUNK if longer else FRAMES
@@ -128,3 +129,45 @@ def test_a_memory_that_stays_inert_stops_the_run(root, monkeypatch):
     for role in ("critic", "generator"):
         with pytest.raises(ConfigError, match="no chunk of a rollout of 4 chunks attends a compressed one"):
             stage.loss(role, stage.batch(0, INDICES), 0)
+
+
+@pytest.fixture
+def stories(tmp_path):
+    clips = ["data.kind=sprites", f"data.path={tmp_path}", "data.num_clips=2", "data.clip_frames=29"]
+    return [*clips, "data.stories.count=64"]
+
+
+def test_stories_are_scored_by_their_last_shot(root, stories, monkeypatch):
+    stage = make_stage(root, "dmd", *stories, "data.stories.chunks=7", "data.stories.shot_chunks=[1,2]")
+    step = next(step for step in range(9) if len(stage.batch(step, INDICES)["script"].prompts) == 3)
+    batch = stage.batch(step, INDICES)
+    script = batch["script"]
+    assert script.chunks == 7 and max(script.prompts) == 3  # the scores see four chunks
+    for said, full in zip(script.prompts[3], script.scored, strict=True):
+        assert parse_caption(said).colour is None and parse_caption(full).colour is not None  # a returning shot
+        assert parse_caption(said).shape == parse_caption(full).shape
+    assert stage.role_batch("generator", step, INDICES)["script"].prompts.keys() == script.prompts.keys()
+
+    asked, forward = [], Rollout._forward
+    monkeypatch.setattr(Rollout, "_forward", lambda self, *args, **options: (
+        asked.append((self.index, self.embeds)), forward(self, *args, **options))[1])  # fmt: skip
+    loss, _ = stage.loss("generator", batch, step)
+    for chunk, embeds in asked:
+        shot = max(start for start in script.prompts if start <= chunk)
+        assert torch.equal(embeds, stage.text.encode(script.prompts[shot]))
+    assert {chunk for chunk, _ in asked} == set(range(7))
+
+    made = generated(stage, batch, step)
+    assert made.frozen_frames == 1
+    for frame, trained in ((0, False), (1, True), (CHUNK, True)):
+        gradient = torch.autograd.grad(made.latents[:, :, frame].sum(), stage.transformer.proj_out.weight,
+                                       retain_graph=True)[0]  # fmt: skip
+        assert bool(gradient.abs().max() > 0) == trained
+    by_hand = torch.cat([g for g, _, _ in generator_gradient(stage, batch, step, made.latents)])
+    assert loss.item() == pytest.approx(0.5 * by_hand[:, :, 1:].square().mean().item(), rel=1e-4)
+
+
+def test_a_share_of_the_steps_shows_stories(root, stories):
+    stage = make_stage(root, "dmd", *stories, "data.stories.chunks=6", "data.stories.share=0.5")
+    told = [stage.batch(step, INDICES)["script"].chunks for step in range(60)]
+    assert set(told) == {None, 6} and 20 < told.count(6) < 40

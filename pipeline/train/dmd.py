@@ -32,7 +32,7 @@ from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
 from pipeline.train.method import method
 from pipeline.train.parallel import gathered
-from pipeline.train.prompt_data import PromptData
+from pipeline.train.prompt_data import PromptData, Script, story_script
 from pipeline.train.roles import check_student, load_score, load_student, load_text
 from utils.config import CacheKind, Config, ConfigError, OptimizerConfig, Reshard
 from utils.distributed import World
@@ -70,6 +70,12 @@ class DMDStage(GeneratorStage):
         """Both scores must be of the student's world, too."""
         super().check(config)
         check_student(config)
+        told, window = config.data.stories, config.video.trained_frames // config.video.frames_per_chunk
+        if told.count and told.chunks <= window:
+            raise ConfigError(f"setting `data.stories.chunks` is {told.chunks}: the last takes the {window} chunks "
+                              "of video.trained_frames; a story needs more")  # fmt: skip
+        if told.count and not config.data.num_clips:
+            raise ConfigError("setting `data.num_clips` is 0: clips of one shot say what latents should look like")
         student = transformer_settings(config)
         for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
             if path is None and (config.model.random_init or key == "dmd.critic"):
@@ -92,8 +98,10 @@ class DMDStage(GeneratorStage):
         self.window = config.video.trained_frames // config.video.frames_per_chunk  # chunks that the scores see
         longest = config.dmd.max_rollout_frames or config.video.trained_frames
         self.max_chunks = longest // config.video.frames_per_chunk
+        told = config.data.stories
+        longest_told = max(self.max_chunks, told.chunks if told.count and told.share else 0)
         size = vae_shape_of(vae_folder(config)).size(config.video)
-        self._check_mid_is_reached(size)
+        self._check_mid_is_reached(longest_told, size)
         text = load_text(config, device)
         student = load_student(config, text, device)
         super().__init__(config, device, student, text, vae_folder(config), (student.config.in_channels, *size))
@@ -122,15 +130,15 @@ class DMDStage(GeneratorStage):
         sink, recent = CacheLayout.of(self.config.cache, geometry).held(chunks - 1)
         return recent.start > len(sink)
 
-    def _check_mid_is_reached(self, size: tuple[int, int]) -> None:
+    def _check_mid_is_reached(self, chunks: int, size: tuple[int, int]) -> None:
         """Raise `ConfigError` where the cache has a compressed part that no rollout would ever fill."""
         try:
             geometry = ChunkGeometry(self.config.video.frames_per_chunk, *size)
-            inert = self._has_mid and not self._reaches_mid(self.max_chunks, geometry)
+            inert = self._has_mid and not self._reaches_mid(chunks, geometry)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if inert:
-            raise ConfigError(self._inert(self.max_chunks))
+            raise ConfigError(self._inert(chunks))
 
     def _inert(self, chunks: int) -> str:
         cache = self.config.cache
@@ -156,21 +164,23 @@ class DMDStage(GeneratorStage):
 
     def role_batch(self, role: str, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Prompts of its own for each role, as in the reference."""
-        batch = self.batch(step, sample_indices)
-        if role == "generator":
-            batch["prompts"] = [self.prompts.prompt((self.config.seed, role), index) for index in sample_indices]
-        return batch
+        return self._batch((self.config.seed, role) if role == "generator" else self.config.seed, step, sample_indices)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        return self._batch(self.config.seed, step, sample_indices)
+
+    def _batch(self, key: object, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Prompts; everything else is made by the generator."""
-        prompts = [self.prompts.prompt(self.config.seed, index) for index in sample_indices]
-        return {"prompts": prompts, "indices": list(sample_indices)}
+        script = story_script(self.config, step, key, sample_indices) or self.prompts.script(key, sample_indices)
+        return {"script": script, "indices": list(sample_indices)}
 
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        script: Script = batch["script"]
         with part("text"):
-            embeds = self.text.encode(batch["prompts"])  # [B, text_len, text_dim]
+            shots = {start: Prompts(self.text.encode(prompts)) for start, prompts in script.prompts.items()}
+            embeds = self.text.encode(script.scored)  # [B, text_len, text_dim]
         with part("rollout"):
-            made = self._generated(role, batch, step, embeds)
+            made = self._generated(role, batch, step, shots)
         logs = {"mid_tokens_attended": float(made.rollout.mid_tokens_attended)}
         logs |= {"exit_step": float(made.rollout.grad_step)} | self.prompts.reference.compare(made.latents)
         objective = self._critic_loss if role == "critic" else self._generator_loss
@@ -189,12 +199,14 @@ class DMDStage(GeneratorStage):
         draw = keyed_generator(self.config.seed, "length", role, step)
         return int(torch.randint(self.window, self.max_chunks + 1, (), generator=draw))
 
-    def _generated(self, role: str, batch: dict[str, Any], step: int, embeds: torch.Tensor) -> Generated:
+    def _generated(self, role: str, batch: dict[str, Any], step: int, shots: dict[int, Prompts]) -> Generated:
         """Roll the generator out; for its own update with gradient on the window's chunks."""
-        chunks, seed, indices = self.num_chunks(role, step), self.config.seed, batch["indices"]
+        story, seed, indices = batch["script"].chunks, self.config.seed, batch["indices"]
+        chunks = story or self.num_chunks(role, step)
         longer = chunks > self.window
-        # The first chunk of a window inside a longer video holds a re-encoded frame that is not the generator's.
-        trained = self.window - 1 if longer else self.window
+        # The first chunk of a window inside a longer shot holds a re-encoded frame that is not the generator's. In that
+        # of a story's last shot it must remember: all but that frame is trained.
+        trained = self.window - 1 if longer and not story else self.window
 
         def noise(chunk: int, denoising_step: int, shape: tuple[int, ...]) -> torch.Tensor:
             keys = ((seed, "rollout", role, step, index, chunk, denoising_step) for index in indices)
@@ -204,18 +216,22 @@ class DMDStage(GeneratorStage):
         with torch.set_grad_enabled(role == "generator"), whole:
             rollout = self.new_rollout(
                 self.config.sampler,
-                Prompts(embeds),
+                shots[0],
                 noise,
                 grad_step=self.exit_step(role, step),
                 grad_from=chunks - trained if role == "generator" else chunks,
             )
-            made = [latents for _, latents in rollout.run(chunks, commit_last=False)]  # [B, C, F, H, W] each
+            made = []  # [B, C, F, H, W] each
+            for index, latents in rollout.run(chunks, commit_last=False):
+                made.append(latents)
+                if index + 1 in shots:
+                    rollout.switch(shots[index + 1])
             video = torch.cat(made, dim=2)  # [B, C, N, H, W]
         expected = self._has_mid and self._reaches_mid(chunks, rollout.cache.geometry)
         if expected and rollout.mid_tokens_attended == 0:
             raise ConfigError(self._inert(chunks))
         if longer:
-            return Generated(self._as_clip(video), self.config.video.frames_per_chunk, rollout)
+            return Generated(self._as_clip(video), 1 if story else self.config.video.frames_per_chunk, rollout)
         return Generated(video, 0, rollout)
 
     @torch.no_grad()

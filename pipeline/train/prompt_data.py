@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipeline.data.clips import place_of
 from pipeline.data.latents import LatentData
 from pipeline.data.prompts import data_prompts, read_prompts
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, StoryConfig
 from utils.distributed import World
+from utils.sprites.story import draw_length, sample_cut_story
+from utils.sprites.world import caption
 
 REFERENCE_CLIPS = 256
+_STORIES = 3  # keeps the draw of a step's cuts apart from other randomness
 _TINY = 1e-6  # keeps logs of a collapsed rollout finite
 
 
@@ -79,6 +83,37 @@ def _reference_only(config: Config) -> Config:
 
 
 @dataclass(frozen=True)
+class Script:
+    """What a batch of rollouts is to show; all are cut at the same chunks.
+
+    Attributes:
+        prompts: chunk at which a shot begins -> prompt of each sample.
+        scored: of the last shot, what the scores are told: captions with nothing left out.
+        chunks: length of a story; None: a single shot of the rollout's own length.
+    """
+
+    prompts: dict[int, list[str]]
+    scored: list[str]
+    chunks: int | None = None
+
+
+def story_script(config: Config, step: int, key: object, sample_indices: Sequence[int]) -> Script | None:
+    """Stories for the share `data.stories.share` of all steps: `data.stories.chunks` chunks, the last shot as long as
+    what the scores see, those before it of `shot_chunks` each."""
+    told, window = config.data.stories, config.video.trained_frames // config.video.frames_per_chunk
+    rng = np.random.default_rng([config.seed, step, _STORIES])
+    if rng.random() >= (told.share if told.count else 0.0):
+        return None
+    lengths: list[int] = []
+    while (left := told.chunks - window - sum(lengths)) > 0:
+        lengths.append(min(draw_length(rng, told.shot_chunks), left))
+    places = [place_of(told.count, key, index) for index in sample_indices]
+    shots = [sample_cut_story(config.seed, place, [*lengths, window]).shots for place in places]
+    prompts = {now[0].start: [caption(shot.spec) for shot in now] for now in zip(*shots, strict=True)}
+    return Script(prompts, [shot[-1].full_caption for shot in shots], told.chunks)
+
+
+@dataclass(frozen=True)
 class PromptData:
     """Training prompts, each once per epoch, and the reference that belongs to them."""
 
@@ -95,7 +130,8 @@ class PromptData:
             if config.data.path is None:
                 raise ConfigError("setting `data.path` is not set: name a file with one prompt per line")
             return cls(read_prompts(config.data.path), LatentReference.of_vae(channels))
-        config = replace(config, data=replace(config.data, num_stills=0))  # they have nothing to teach here
+        # Single frames have nothing to teach here, and stories need no latents.
+        config = replace(config, data=replace(config.data, num_stills=0, stories=StoryConfig()))
         data = LatentData.load(_reference_only(config), device, world)
         if data.channels != channels:
             raise ConfigError(f"setting `data.path`: its latents have {data.channels} channels, the model {channels}")
@@ -105,3 +141,8 @@ class PromptData:
     def prompt(self, seed: object, index: int) -> str:
         """The prompt of training sample `index`; another `seed`, another order."""
         return self.prompts[place_of(len(self.prompts), seed, index)]
+
+    def script(self, seed: object, sample_indices: Sequence[int]) -> Script:
+        """A single shot of each training sample."""
+        prompts = [self.prompt(seed, index) for index in sample_indices]
+        return Script({0: prompts}, prompts)

@@ -10,7 +10,7 @@ leave out the colour of the sprite and of the ground ("a circle drifts left over
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,6 +62,11 @@ class Shot:
     returning: bool
     since: int = 0
     between: int = 0
+
+    @property
+    def full_caption(self) -> str:
+        """With what a returning shot's caption leaves out."""
+        return caption(replace(self.spec, say_colour=True, say_background=True))
 
     @property
     def frames(self) -> range:
@@ -117,14 +122,35 @@ def sample_story(seed: int, index: int, chunks: int, shot_chunks: Sequence[int] 
         chunks: length of the whole.
         shot_chunks: (least, most) chunks of a shot; the last is cut where the story ends.
     """
+    return _tell(seed, index, lambda rng, start: min(draw_length(rng, shot_chunks), chunks - start))
+
+
+def sample_cut_story(seed: int, index: int, lengths: Sequence[int]) -> Story:
+    """Story `index` of the world `seed` in shots of these lengths; of three and more, the last is a returning one."""
+    left = iter([*lengths, 0])
+    return _tell(seed, index, lambda rng, start: next(left), last=len(lengths) - 1)
+
+
+def draw_length(rng: np.random.Generator, shot_chunks: Sequence[int]) -> int:
+    """Chunks of a shot."""
+    return int(rng.integers(shot_chunks[0], shot_chunks[1] + 1))
+
+
+def _tell(
+    seed: int, index: int, next_length: Callable[[np.random.Generator, int], int], last: int | None = None
+) -> Story:
+    """Shots of the lengths that `next_length` names, until it names none; shot `last` shows who was seen, if it can."""
     rng = np.random.default_rng([seed, index, STREAM])
     cast, shots, start = _allowed_cast(rng, index), [], 0
     who = int(rng.integers(len(cast)))
-    while start < chunks:
-        length = min(int(rng.integers(shot_chunks[0], shot_chunks[1] + 1)), chunks - start)
+    while length := next_length(rng, start):
         shots.append(_next_shot(shots, _draw_shot(rng, cast[who]), length))
         start += length
-        who = int(rng.choice([other for other in range(len(cast)) if other != who]))
+        others = [other for other in range(len(cast)) if other != who]
+        if len(shots) == last:
+            seen = {shot.spec.shape for shot in shots}
+            others = [other for other in others if cast[other].shape in seen] or others
+        who = int(rng.choice(others))
     return Story(tuple(shots))
 
 
