@@ -110,7 +110,8 @@ class LayerMemory:
         is_small: the tokens are those of a compressed chunk, in place of the chunk.
         selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
         mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
-        left: filled by the forward; stays None where a hook skips the layer's attention.
+        left: filled by the forward; stays None where a hook skips the layer's attention. Given where an earlier forward
+            left it and only its compressed K, V are wanted.
         passed: for the next layer.
 
     Attributes:
@@ -160,13 +161,9 @@ class LayerMemory:
         return keys.type_as(query), values.type_as(query)  # a cache may be of another dtype than the computation
 
     def leave(self, attn, query, key, value) -> None:
-        """Keep the chunk's un-rotated query, key and value [B, L, heads, D], and K, V of its compressed tokens where
-        the layer projects them."""
-        if not self.leaves:
-            return
-        projected = self.new_mid is not None and self.new_mid.frames is None
-        mid_key, mid_value = project(attn, self.new_mid.hidden[:, 0], "kv") if projected else (None, None)
-        self.left = LayerKV(query if self.context.keeps_query else None, key, value, mid_key, mid_value)
+        """Keep the chunk's un-rotated query, key and value [B, L, heads, D]."""
+        if self.leaves:
+            self.left = LayerKV(query if self.context.keeps_query else None, key, value, None, None)
 
     def text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of the prompts [B, text_len, dim]: [B, text_len, heads, D] each."""
@@ -203,19 +200,19 @@ class CausalWanBlock(WanTransformerBlock):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor | None,
         temb: torch.Tensor,
         rotary_emb: Rotation,
         mask=None,
         memory: LayerMemory | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """hidden_states [B, L, dim], temb [B, G, 6, dim] or [B, 6, dim] -> [B, L, dim]; G timestep groups share the L
         tokens evenly.
 
         `encoder_hidden_states` [B, text_len, dim], or of G equal parts of L [B, G, text_len, dim], may be None where
         `memory` holds the prompts' K, V. Compressed chunks of `memory` that pass through the blocks are run too, and
-        left in it for the next block.
+        left in it for the next block; without `hidden_states` the chunk's own alone.
         """
         arguments = encoder_hidden_states, temb, rotary_emb, mask, memory
         if memory is None:
@@ -223,11 +220,16 @@ class CausalWanBlock(WanTransformerBlock):
         if memory.mid_tokens is not None and memory.mid_tokens.frames is not None:
             histories = [frame.context.small_selection(memory.layer) for frame in memory.mid_tokens.frames]
             memory.passed.mid_tokens, memory.mid_kv = self._run_small(memory, memory.mid_tokens, histories, None)
-        hidden_states = self._run(hidden_states, *arguments)
-        if memory.new_mid is not None and memory.new_mid.frames is not None and memory.left is not None:
-            text, histories = encoder_hidden_states, [memory.selected]
-            memory.passed.new_mid, kv = self._run_small(memory, memory.new_mid, histories, text)
-            memory.left = memory.left._replace(mid_key=kv[0][:, 0], mid_value=kv[1][:, 0])
+        if hidden_states is not None:
+            hidden_states = self._run(hidden_states, *arguments)
+        if memory.new_mid is not None and memory.left is not None:
+            if memory.new_mid.frames is None:
+                mid_key, mid_value = project(self.attn1, memory.new_mid.hidden[:, 0], "kv")
+            else:
+                small = memory.new_mid, [memory.selected], encoder_hidden_states
+                memory.passed.new_mid, kv = self._run_small(memory, *small)
+                mid_key, mid_value = (part[:, 0] for part in kv)
+            memory.left = memory.left._replace(mid_key=mid_key, mid_value=mid_value)
         return hidden_states
 
     def _run_small(self, memory: LayerMemory, tokens: MidTokens, histories: list[torch.Tensor], text):

@@ -127,6 +127,8 @@ class CausalWanModel(WanTransformer3DModel):
         clean_hidden_states: torch.Tensor | None = None,
         clean_timestep: torch.Tensor | None = None,
         return_kv: bool = True,
+        compress: bool = True,
+        kv: ChunkKV | None = None,
         train_compressor: bool = False,
         text_kv: TextKV | None = None,
         low_res: torch.Tensor | None = None,
@@ -143,8 +145,10 @@ class CausalWanModel(WanTransformer3DModel):
                 what the compressor sees, where that differs from `hidden_states`.
             clean_timestep: [B] or [B, F] of the clean half in (b); 0 by default.
             return_dict: False returns the tuple (sample,) as Wan does; the chunk's K, V come with True alone.
-            return_kv: with a context, also return the chunk's K, V (and its compressed ones where it will need them).
-                None where a step cache of diffusers (FirstBlockCache, PAB, ...) left out a layer.
+            return_kv: with a context, also return the chunk's K, V; with `compress` its compressed ones too, where they
+                will be needed. None where a step cache of diffusers (FirstBlockCache, PAB, ...) left out a layer.
+            kv: of the chunk, from an earlier forward without `compress`: only compressed K, V of `hidden_states`, its
+                clean latents, are added. There is no `sample` then.
             train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
             text_kv: memo of the prompts' cross-attention K, V, filled where empty; not used while gradients are on.
             low_res: latents [B, C, f, h, w] of the chunk's averaged pixels (`encode_small`), to return K, V for a cache
@@ -193,13 +197,16 @@ class CausalWanModel(WanTransformer3DModel):
         else:
             mask, rotation = None, self._read_context(context, x, geometry)
             mid_tokens = self._compress_archived(context) if train_compressor and context.trains_compressor else None
-            new_mid = self._compress_own(context, clean, low_res, modulation, text_kv) if return_kv else None
+            wanted = return_kv and compress
+            new_mid = self._compress_own(context, clean, low_res, modulation, text_kv) if wanted else None
 
+        x = x if kv is None else None
         layers = []
         for layer, block in enumerate(self.blocks):
             memory = None
             if context is not None or text_kv is not None:
                 memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv, return_kv)
+                memory.left = None if kv is None else kv.layers[layer]
             arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)  # [B, L, dim]
@@ -210,8 +217,10 @@ class CausalWanModel(WanTransformer3DModel):
                 mid_tokens, new_mid = memory.passed.mid_tokens or mid_tokens, memory.passed.new_mid or new_mid
                 memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
 
-        sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
-        sample = sample[:, :, -frames:]  # [B, C, F, H, W]
+        sample = None
+        if kv is None:
+            sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
+            sample = sample[:, :, -frames:]  # [B, C, F, H, W]
         if not return_dict:
             return (sample,)
         complete = context is not None and return_kv and all(layer is not None for layer in layers)

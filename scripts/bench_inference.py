@@ -152,7 +152,7 @@ def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False) 
             watch.clear()
             with watch.part("chunk"):
                 _, latents = next(generator)
-            floor = floor_seconds(model, cache, len(rollout.embeds), rollout.steps_per_chunk + 1)
+            floor = floor_seconds(model, cache, len(rollout.embeds), rollout.forwards_per_chunk)
             if number == 0:  # warm-up: allocations, compilation
                 continue
             seconds = watch.total("chunk")

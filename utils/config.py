@@ -64,6 +64,13 @@ class CompressedKV(StrEnum):
     forward = "forward"  # the tokens pass through the blocks, as a small frame that attends its chunk's history
 
 
+class Commit(StrEnum):
+    """Where K, V of a finished chunk come from."""
+
+    forward = "forward"  # a pass of their own over its clean latents
+    last_step = "last_step"  # its last denoising step, at that step's noise: a pass less a chunk
+
+
 class Refresh(StrEnum):
     per_chunk = "per_chunk"
     per_forward = "per_forward"
@@ -199,7 +206,8 @@ class SamplerConfig:
     shift: float | None = within("(0, 1000]", None)  # null: that of the bundle's scheduler, 5 without one
     guidance: float = within("[0, 1000]", 1.0)  # 1: no classifier-free guidance, one branch only
     negative_prompt: str = ""
-    context_timestep: float = within("[0, 1000]", 0.0)  # at which a finished chunk is committed
+    commit: Commit = Commit.forward
+    context_timestep: float = within("[0, 1000]", 0.0)  # at which a finished chunk is committed (forward only)
 
 
 @dataclass

@@ -36,6 +36,7 @@ from pipeline.bundle import (
 from pipeline.data.schedule import texts
 from pipeline.generate.jobs import Job, resolved
 from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.generate.rollout import check_commit
 from pipeline.sources import bundle_folder, loras, transformer_source
 from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError
@@ -92,6 +93,7 @@ def resolve_runtime(config: Config) -> Runtime:
 
 def check_cache(config: Config, vae: VAEShape) -> None:
     """Raise `ConfigError` where the cache's settings do not fit chunk or size; loads nothing."""
+    check_commit(config.sampler, config.cache)
     settings = transformer_settings(config)
     try:
         geometry = ChunkGeometry(

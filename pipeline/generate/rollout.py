@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from model.block import TextKV
+from model.block import ChunkKV, TextKV
 from model.cache.cache import PackCache
 from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
-from utils.config import AtSwitch, ConfigError, SamplerConfig
+from utils.config import AtSwitch, CacheConfig, Commit, CompressedKV, ConfigError, Refresh, SamplerConfig
 from utils.rng import keyed_randn
 from utils.timing import part
 
@@ -41,6 +41,18 @@ def prompt_noise(seed: int, prompts: list[str], samples: list[int]) -> NoiseSour
         return torch.stack([keyed_randn(shape, seed, prompt, sample, chunk, step) for prompt, sample in keys])
 
     return draw
+
+
+def check_commit(sampler: SamplerConfig, cache: CacheConfig) -> None:
+    """Raise `ConfigError` where the last step's K, V cannot take the place of a commit's."""
+    if sampler.commit == Commit.forward:
+        return
+    if sampler.context_timestep > 0:
+        raise ConfigError(f"setting `sampler.context_timestep` is {sampler.context_timestep:g}: must be 0 with "
+                          "sampler.commit=last_step, which commits nothing at a timestep of its own")  # fmt: skip
+    if cache.compressor.kv == CompressedKV.forward and cache.refresh == Refresh.per_forward:
+        raise ConfigError("setting `sampler.commit` is last_step: what a compressed chunk attends is then not selected "
+                          "anew; set cache.refresh=per_chunk or cache.compressor.kv=project")  # fmt: skip
 
 
 class _Committed(NamedTuple):
@@ -116,6 +128,7 @@ class Rollout:
         self.observe, self.on_step_end = observe, on_step_end
         if grad_step is not None and (sampler.kind != "few_step" or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
+        check_commit(sampler, cache.config)
         if cache.needs_pixels and decoder is None:
             kind = cache.config.compressor.kind
             raise ConfigError(f"setting `cache.compressor.kind` is {kind}: it looks at pixels; give the VAE's decoder")
@@ -125,6 +138,7 @@ class Rollout:
         self.prompts = prompts
         self.mid_tokens_attended = self.offset = 0  # chunks made before the cache was last emptied
         self._last: deque[_Committed] = deque(maxlen=cache.layout.recent)
+        self._left: ChunkKV | None = None  # by the last denoising step, where that is what will be committed
         self.timestep: float | torch.Tensor | None = None
 
     @property
@@ -140,8 +154,13 @@ class Rollout:
 
     @property
     def steps_per_chunk(self) -> int:
-        """Denoising steps of a chunk; its commit is one more forward."""
+        """Denoising steps of a chunk."""
         return len(self.sampler.steps) if self.sampler.kind == "few_step" else self.sampler.num_steps
+
+    @property
+    def forwards_per_chunk(self) -> int:
+        """Passes through the model that a chunk takes, its commit included."""
+        return self.steps_per_chunk + (self.sampler.commit == Commit.forward)
 
     @property
     def index(self) -> int:
@@ -170,8 +189,11 @@ class Rollout:
             with part("denoise"):
                 latents = self._sample(index, context)
             if commit_last or number < num_chunks - 1:
+                if self._left is None and self.sampler.commit == Commit.last_step:
+                    raise RuntimeError("a hook left out a layer of the last step: set sampler.commit=forward")
                 with part("commit"):
-                    self.commit(latents.detach(), context)
+                    self._finish(latents.detach(), context, kv=self._left)
+            self._left = None
             yield index, latents
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
@@ -180,8 +202,16 @@ class Rollout:
         options = {}
         if self.grad_step is not None:
             options = {"stop": self.grad_step, "train": index >= self.grad_from}
+        leave = {"return_kv": self.sampler.commit == Commit.last_step, "compress": False}
+
+        def flow(latents, timestep, train):
+            self._left = None  # one pass's K, V at a time
+            out = self._forward(latents, timestep, context, train, **leave)
+            self._left = out.kv
+            return self._guided(out.sample)
+
         return SAMPLERS[self.sampler.kind](
-            lambda latents, timestep, train: self.flow(latents, timestep, context, train),
+            flow,
             lambda step: self._draw(index, step),
             self.sampler,
             self.schedule,
@@ -197,15 +227,21 @@ class Rollout:
         With latents from elsewhere (a given video, a training clip) the rollout goes on from them. `timestep` [B]: in
         place of `sampler.context_timestep`.
         """
-        context = context or self.cache.context()
+        self._finish(latents, context or self.cache.context(), timestep)
+
+    def _finish(
+        self, latents: torch.Tensor, context: ChunkContext, timestep: torch.Tensor | None = None,
+        kv: ChunkKV | None = None,
+    ) -> None:  # fmt: skip
         committed = _Committed(latents, self._decode(latents, context), timestep)
-        self._commit(*committed, context)
+        self._commit(*committed, context, kv)
         self._last.append(committed)
 
     def _commit(
         self, latents: torch.Tensor, low_res: torch.Tensor | None, timestep: torch.Tensor | None,
-        context: ChunkContext | None = None,
+        context: ChunkContext | None = None, kv: ChunkKV | None = None,
     ) -> None:  # fmt: skip
+        """`kv`: what the chunk's last step left, in place of a forward over all of its tokens."""
         context, noisy = context or self.cache.context(), latents
         if timestep is not None or self.sampler.context_timestep > 0:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
@@ -215,12 +251,12 @@ class Rollout:
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
         seen = {"clean_hidden_states": clean, "low_res": low_res}
-        out = self._forward(noisy, 0.0 if timestep is None else timestep, context, **seen)
+        kv = self._forward(noisy, 0.0 if timestep is None else timestep, context, kv=kv, **seen).kv
         if step_cache is not None:
             self.model.enable_cache(step_cache)
-        if out.kv is None:
+        if kv is None:
             raise RuntimeError("a hook left out a layer while a chunk was committed: the cache needs them all")
-        self.cache.commit(out.kv, context)
+        self.cache.commit(kv, context)
 
     def _decode(self, latents: torch.Tensor, context: ChunkContext) -> torch.Tensor | None:
         """Set `pixels` of a chunk that is next to be committed, and return what the compressor needs of them."""
@@ -249,7 +285,11 @@ class Rollout:
         self, latents: torch.Tensor, timestep: float | torch.Tensor, context: ChunkContext, train: bool = False
     ) -> torch.Tensor:
         """Guided flow [B, C, F, H, W], float32, of latents of that shape at one timestep, or one a video [B]."""
-        flow = self._forward(latents, timestep, context, train=train, return_kv=False).sample.float()
+        return self._guided(self._forward(latents, timestep, context, train, return_kv=False).sample)
+
+    def _guided(self, flow: torch.Tensor) -> torch.Tensor:
+        """Flow of all branches -> float32 [B, C, F, H, W]."""
+        flow = flow.float()
         return flow if self.branches == 1 else guided(*flow.chunk(2), self.sampler.guidance)
 
     def _forward(

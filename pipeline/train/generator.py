@@ -17,7 +17,7 @@ from model.compressor import COMPRESSORS
 from pipeline.bundle import pipeline_settings, transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, prompt_noise
+from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, check_commit, prompt_noise
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.sources import vae_folder
@@ -54,6 +54,7 @@ class GeneratorStage(Stage):
     def check(cls, config: Config) -> None:
         COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
         SAMPLERS[config.sampler.kind]
+        check_commit(config.sampler, config.cache)
         if config.train.text_from is None and config.data.text_embeddings is None:  # a small encoder is trained along
             check_heads(config.model.text_dim, config.model.text_heads)
         if config.model.attention_head_dim % 2:

@@ -22,7 +22,7 @@ from pipeline.data.shards import Shards, ShardWriter
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.text import TextConditioning
-from utils.config import Config, ConfigError
+from utils.config import Commit, Config, ConfigError
 from utils.distributed import World
 
 TRAJECTORIES, COMMAND = "trajectories", "python -m scripts.generate_ode_pairs"
@@ -63,6 +63,7 @@ def made_by(config: Config, weights: str, prompts: Sequence[str], frames: int) -
         "shift": config.sampler.shift,
         "negative_prompt": config.sampler.negative_prompt,
         "context_timestep": config.sampler.context_timestep,
+        **({} if config.sampler.commit == Commit.forward else {"commit": config.sampler.commit}),
         "cache": json.loads(json.dumps(asdict(config.cache) | {"archive_device": None})),
         "seed": config.seed,
         "trajectories": ode.num_trajectories,
