@@ -10,7 +10,7 @@ from model.cache.context import ChunkContext
 from pipeline.data.latents import TrainingClip
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.sampler import few_step_timesteps
-from pipeline.train.flow import ARDiffusionStage, forced_flow
+from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.through_cache import loss_shares
 from utils.config import ConfigError
 from utils.distributed import World
@@ -162,8 +162,8 @@ def test_block_mask_gives_every_chunk_its_own_caption(root):
 
     def flow(captions):
         _, timestep = stage.clips.noisy(batch)
-        inputs = batch["noise"], timestep, stage.clips, batch | {"captions": captions}
-        return forced_flow(stage.transformer, *inputs).split(CHUNK, dim=2)
+        given = stage.clips.condition(batch | {"captions": captions})
+        return stage.transformer(batch["noise"], timestep, **given).sample.split(CHUNK, dim=2)
 
     texts = batch["captions"]
     mixed = flow(texts)
@@ -180,7 +180,7 @@ def test_block_mask_gives_every_chunk_its_own_caption(root):
 def test_chunks_weigh_under_the_block_mask_too(root):
     stage = make(root, Story(3, [0.0, 1.0, 0.0]), through_cache=False)
     batch = stage.batch(0, INDICES)
-    flow = forced_flow(stage.transformer, *stage.clips.noisy(batch), stage.clips, batch)
+    flow = stage.transformer(*stage.clips.noisy(batch), **stage.clips.condition(batch)).sample
     errors = (flow - (batch["noise"] - batch["latents"])).square().split(CHUNK, dim=2)
     assert stage.loss("generator", batch, 0)[0].item() == pytest.approx(errors[1].mean().item(), rel=1e-5)
 

@@ -17,24 +17,24 @@ from torch import nn
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS
 from pipeline.generate.sampler import guided
-from pipeline.train.flow import HIGH_NOISE, FlowMatching, check_chunks, mean_where
-from pipeline.train.generator import Generator, GeneratorStage
+from pipeline.train.flow import HIGH_NOISE, ClipStage, mean_where
+from pipeline.train.generator import Generator
 from pipeline.train.method import method
-from pipeline.train.roles import check_student, load_student, load_text
+from pipeline.train.roles import check_student, load_student
+from pipeline.train.text import TextConditioning
 from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator
 
 
 @method("consistency")
-class ConsistencyStage(GeneratorStage):
+class ConsistencyStage(ClipStage):
     """Student, its EMA as target, and the frozen AR-diffusion teacher; all start as the model that `model` names."""
 
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
         check_student(config)
-        check_chunks(config)
         if config.train.ema_start_step != 0:
             raise ConfigError(
                 f"setting `train.ema_start_step` is {config.train.ema_start_step}: the EMA is the target of "
@@ -42,17 +42,18 @@ class ConsistencyStage(GeneratorStage):
             )
 
     def __init__(self, config: Config, device: torch.device, world: World):
-        text = load_text(config, device)
-        self.clips = FlowMatching(config, device, world, text, per_chunk=True)
-        student = load_student(config, text, device, self.clips.latent_shape[0])
-        super().__init__(config, device, student, text, self.clips.data.vae_folder, self.clips.latent_shape)
+        super().__init__(config, device, world)
         self.sigmas = self.clips.schedule.euler_sigmas(config.consistency.grid_steps).to(device)  # 1 to 0
-        self.teacher, self.target = _frozen_copy(student, device), Generator(_frozen_copy(student, device))
+        self.teacher, target = (_frozen_copy(self.transformer, device) for _ in range(2))
+        self.target = Generator(target)
         self.targets, self.frozen = {"generator": self.target}, {"teacher": self.teacher}
+
+    def start(self, config: Config, text: TextConditioning, device: torch.device, channels: int) -> CausalWanModel:
+        return load_student(config, text, device, channels)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """As for AR diffusion, with the grid point [B] that a sample's chunks share in place of their timesteps."""
-        batch = self.clips.batch(step, sample_indices)
+        batch = super().batch(step, sample_indices)
         points = [
             torch.randint(self.config.consistency.grid_steps, (), generator=keyed_generator(*key))
             for key in ((self.config.seed, "grid", step, index) for index in sample_indices)
@@ -64,13 +65,12 @@ class ConsistencyStage(GeneratorStage):
         """Mean squared distance of the student's x0 from its target's; logs its distance from the data's too."""
         latents, point = batch["latents"], batch["point"]  # [B, C, F, H, W], [B]
         sigma, following = self.sigmas[point], self.sigmas[point + 1]  # [B] each
-        embeds = self.clips.embeds(batch)  # [B, (chunks,) text_len, text_dim]
-        clean, level = self.clips.context(batch)
+        given = self.clips.condition(batch)
         noisy = (1 - _wide(sigma)) * latents + _wide(sigma) * batch["noise"]  # [B, C, F, H, W]
-        x0 = self._x0(self.transformer, noisy, sigma, embeds, clean, level)
+        x0 = _x0(self.transformer, noisy, sigma, given)
         with torch.no_grad():
-            stepped = noisy + _wide(following - sigma) * self._teacher_flow(noisy, sigma, embeds, clean, level)
-            target = self._x0(self.target.transformer, stepped, following, embeds, clean, level)
+            stepped = noisy + _wide(following - sigma) * self._teacher_flow(noisy, sigma, given)
+            target = _x0(self.target.transformer, stepped, following, given)
         errors = (x0 - target).square().flatten(1).mean(1)  # [B]
         distance = (x0.detach() - latents).square().flatten(1).mean(1)  # [B]
         high = NUM_TIMESTEPS * sigma > HIGH_NOISE
@@ -80,27 +80,27 @@ class ConsistencyStage(GeneratorStage):
             "data_mse_low": mean_where(distance, ~high),
         }
 
-    def _teacher_flow(self, noisy, sigma, embeds, clean, level) -> torch.Tensor:
+    def _teacher_flow(self, noisy: torch.Tensor, sigma: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
         """Guided flow [B, C, F, H, W] of the AR-diffusion model."""
-        guidance = self.config.consistency.guidance
+        guidance, embeds = self.config.consistency.guidance, given["encoder_hidden_states"]
         if guidance == 1:
-            return self._forced_flow(self.teacher, noisy, sigma, embeds, clean, level)
+            return _flow(self.teacher, noisy, sigma, given)
         negative = self.text.encode([self.config.sampler.negative_prompt], fixed=True).expand_as(embeds)
-        twice = (torch.cat((x, x)) for x in (noisy, sigma))
-        flow = self._forced_flow(
-            self.teacher, *twice, torch.cat((embeds, negative)), torch.cat((clean, clean)), torch.cat((level, level))
-        )
+        twice = {name: torch.cat((value, value)) for name, value in given.items()}
+        twice["encoder_hidden_states"] = torch.cat((embeds, negative))
+        flow = _flow(self.teacher, torch.cat((noisy, noisy)), torch.cat((sigma, sigma)), twice)
         return guided(*flow.chunk(2), guidance)
 
-    def _x0(self, model, noisy, sigma, embeds, clean, level) -> torch.Tensor:
-        """x0 [B, C, F, H, W]; at sigma 0 that is `noisy` itself."""
-        return noisy - _wide(sigma) * self._forced_flow(model, noisy, sigma, embeds, clean, level)
 
-    @staticmethod
-    def _forced_flow(model, noisy, sigma, embeds, clean, level) -> torch.Tensor:
-        """Teacher-forced flow of noisy clips [B, C, F, H, W] at one sigma [B] each, float32."""
-        timestep = (NUM_TIMESTEPS * sigma)[:, None].expand(-1, noisy.shape[2])  # [B, F]
-        return model(noisy, timestep, embeds, clean_hidden_states=clean, clean_timestep=level).sample.float()
+def _flow(model: nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Teacher-forced flow of noisy clips [B, C, F, H, W] at one sigma [B] each, float32."""
+    timestep = (NUM_TIMESTEPS * sigma)[:, None].expand(-1, noisy.shape[2])  # [B, F]
+    return model(noisy, timestep, **given).sample.float()
+
+
+def _x0(model: nn.Module, noisy: torch.Tensor, sigma: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """x0 [B, C, F, H, W]; at sigma 0 that is `noisy` itself."""
+    return noisy - _wide(sigma) * _flow(model, noisy, sigma, given)
 
 
 def _wide(sigma: torch.Tensor) -> torch.Tensor:

@@ -15,22 +15,21 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import random_model, read_shape, transformer_settings, vae_shape_of
+from pipeline.bundle import random_model, transformer_settings, vae_shape_of
 from pipeline.data.latents import LatentData
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import check_cache
 from pipeline.generate.rollout import Prompts
-from pipeline.sources import need_folder, vae_folder
+from pipeline.sources import vae_folder
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
 from pipeline.train.method import method
 from pipeline.train.plan import StepPlan
-from pipeline.train.roles import load_causal, load_wan, prepare
+from pipeline.train.roles import load_causal, load_text, load_wan, prepare
 from pipeline.train.text import TextConditioning
 from pipeline.train.through_cache import flows_through_cache, loss_shares
-from utils.config import Config, ConfigError, LossWeighting, Sharding
+from utils.config import Config, ConfigError, DataKind, LossWeighting, Sharding
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 
@@ -52,15 +51,12 @@ class FlowMatching:
         self.schedule = FlowMatchSchedule(config.train.shift)
         self.data = LatentData.load(config, device, world)
         self.latent_shape = (self.data.channels, *self.data.size)
-        chunk = config.video.frames_per_chunk
-        for frames in [phase.frames for phase in config.train.phases] or [self.data.frames]:
-            if per_chunk and frames % chunk:
-                raise ConfigError(f"clips of {frames} latent frames do not fit video.frames_per_chunk={chunk}")
+        if per_chunk:
+            check_chunks(config, self.data.frames)
 
     def frames(self, step: int) -> int:
         """Latent frames of the clips at a step."""
-        phases = self.config.train.phases
-        return phases[self.plan.phase_of(step)[0]].frames if phases else self.data.frames
+        return (self.plan.phase(step) or self.data).frames
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """latents, noise [B, C, F, H, W] float32, timestep and shares of the loss [B, G] (G 1, or a group a chunk),
@@ -103,14 +99,15 @@ class FlowMatching:
         timestep = timestep.repeat_interleave(latents.shape[2] // timestep.shape[1], dim=1)
         return self.schedule.add_noise(latents, batch["noise"], timestep), timestep
 
-    def context(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean clips [B, C, F, H, W], noised as far as `train.context_noise_timestep` says, and their timestep [B]."""
+    def condition(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What teacher forcing takes beside noisy clips, as the causal DiT names it: captions [B, (captions,) text_len,
+        text_dim], and clean clips [B, C, F, H, W], noised to a level [B] below `train.context_noise_timestep`."""
         clean, level = batch["latents"], batch["context_timestep"]
         if self.config.train.context_noise_timestep > 0:
             seed, shape = self.config.seed, clean.shape[1:]
             noise = [keyed_randn(shape, seed, "context", batch["step"], index) for index in batch["indices"]]
             clean = self.schedule.add_noise(clean, torch.stack(noise).to(clean), level)
-        return clean, level
+        return {"encoder_hidden_states": self.embeds(batch), "clean_hidden_states": clean, "clean_timestep": level}
 
     def loss(
         self, flow: torch.Tensor, batch: dict[str, Any], groups: slice = slice(None)
@@ -137,51 +134,74 @@ class FlowMatching:
         return (errors * weights * share).sum(), logs
 
 
-def check_chunks(config: Config) -> None:
-    """Raise `ConfigError` where clips as `data` and `train.phases` describe them are not whole chunks."""
-    video, data = config.video, config.data
+def check_chunks(config: Config, clip_frames: int | None = None) -> None:
+    """Raise `ConfigError` where clips are not whole chunks. `clip_frames`: latent frames of the data, where known."""
+    chunk = config.video.frames_per_chunk
     lengths = {f"train.phases[{i}].frames": phase.frames for i, phase in enumerate(config.train.phases)}
-    if data.kind == "sprites" and not lengths:
-        lengths = {"data.clip_frames": vae_shape_of(vae_folder(config)).latent_frames(data.clip_frames)}
-    for name, frames in lengths.items():
-        if frames % video.frames_per_chunk:
+    for name, frames in (lengths or {"data.clip_frames": clip_frames or chunk}).items():
+        if frames % chunk:
             raise ConfigError(f"setting `{name}` means clips of {frames} latent frames: these must be a multiple of "
-                              f"video.frames_per_chunk={video.frames_per_chunk}")  # fmt: skip
+                              f"video.frames_per_chunk={chunk}")  # fmt: skip
 
 
 def mean_weights(shares: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Weights [B, G] of a mean over the masked rows, by their shares; over all rows where none is left of them."""
+    """Weights, like `shares`, of a mean over the masked rows; over all rows where none is left of them."""
     masked = shares * mask
     return masked / masked.sum() if masked.any() else shares / shares.numel()
 
 
 def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
     """Mean over the masked rows; the mean over all where there is none, so that it can be averaged over ranks."""
-    count = mask.sum()
-    return torch.where(count > 0, (errors * mask).sum() / count.clamp_min(1), errors.mean()).item()
+    return (errors * mean_weights(torch.ones_like(errors), mask)).sum().item()
 
 
-@method("teacher")
-class TeacherStage(GeneratorStage):
-    """Bidirectional `WanTransformer3DModel`, one timestep a clip."""
+class ClipStage(GeneratorStage):
+    """A stage on cached clips, in `clips`; of its own are a `loss` and, as `start`, a model.
+
+    `per_chunk`: as `FlowMatching` has it.
+    """
+
+    per_chunk = True
 
     @classmethod
-    def trained(cls, config: Config) -> list[nn.Module]:
-        return [_sized(WanTransformer3DModel, config)]
+    def check(cls, config: Config) -> None:
+        super().check(config)
+        if cls.per_chunk:
+            sprites, vae = config.data.kind == DataKind.sprites, vae_shape_of(vae_folder(config))
+            check_chunks(config, vae.latent_frames(config.data.clip_frames) if sprites else None)
 
     def __init__(self, config: Config, device: torch.device, world: World):
-        text = TextConditioning.load(config, device, config.model.text_len)
-        self.clips = FlowMatching(config, device, world, text, per_chunk=False)
-        if config.train.init_from is not None:
-            model = load_wan(config.train.init_from, "train.init_from")
-        else:
-            settings = _fresh_settings(config, self.clips.latent_shape[0], text.text_dim)
-            model = random_model(WanTransformer3DModel, settings, config.seed)
-        model = prepare(model.train(), config, device)
+        text = load_text(config, device)
+        self.clips = FlowMatching(config, device, world, text, self.per_chunk)
+        model = self.start(config, text, device, self.clips.latent_shape[0])
         super().__init__(config, device, model, text, self.clips.data.vae_folder, self.clips.latent_shape)
+
+    def start(
+        self, config: Config, text: TextConditioning, device: torch.device, channels: int
+    ) -> WanTransformer3DModel:
+        """The model as training begins: `train.init_from`'s, or random, of `model`'s shape for these latents."""
+        sizes = {"in_channels": channels, "out_channels": channels, "text_dim": text.text_dim}
+        settings, path = transformer_settings(config) | sizes, config.train.init_from
+        if path is None:
+            model = random_model(self.kind, settings, config.seed)
+        elif self.kind is WanTransformer3DModel:
+            model = load_wan(path, "train.init_from")
+        else:
+            own = ("text_len", "frames_per_chunk", "compressor", "compressor_channels")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)  # of a fresh compressor
+                model = load_causal(path, "train.init_from", **{name: settings[name] for name in own})
+        return prepare(model.train(), config, device)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         return self.clips.batch(step, sample_indices)
+
+
+@method("teacher")
+class TeacherStage(ClipStage):
+    """Bidirectional `WanTransformer3DModel`, one timestep a clip."""
+
+    kind, per_chunk = WanTransformer3DModel, False
 
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         noisy, timestep = self.clips.noisy(batch)
@@ -196,43 +216,22 @@ class TeacherStage(GeneratorStage):
 
 
 @method("ar_diffusion")
-class ARDiffusionStage(GeneratorStage):
+class ARDiffusionStage(ClipStage):
     """Chunk-causal `CausalWanModel` by teacher forcing, one timestep a chunk."""
 
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
-        check_chunks(config)
         check_cache(config, vae_shape_of(vae_folder(config)))  # of samples and, through it, of training
-
-    @classmethod
-    def trained(cls, config: Config) -> list[nn.Module]:
-        return [_sized(CausalWanModel, config)]
-
-    def __init__(self, config: Config, device: torch.device, world: World):
-        text = TextConditioning.load(config, device, config.model.text_len)
-        self.clips = FlowMatching(config, device, world, text, per_chunk=True)
-        settings = _fresh_settings(config, self.clips.latent_shape[0], text.text_dim)
-        if config.train.init_from is None:
-            model = random_model(CausalWanModel, settings, config.seed)
-        else:
-            own = ("text_len", "frames_per_chunk", "compressor", "compressor_channels")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)  # of a fresh compressor
-                model = load_causal(config.train.init_from, "train.init_from", **{key: settings[key] for key in own})
-        model = prepare(model.train(), config, device)
-        super().__init__(config, device, model, text, self.clips.data.vae_folder, self.clips.latent_shape)
 
     def parts(self, role: str) -> dict[str, nn.Module]:
         compressor = self.transformer.pack_compressor
         return {"compressor": compressor} if self.config.train.through_cache and compressor is not None else {}
 
-    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        return self.clips.batch(step, sample_indices)
-
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         noisy, timestep = self.clips.noisy(batch)
-        return self.clips.loss(forced_flow(self.transformer, noisy, timestep, self.clips, batch), batch)
+        flow = self.transformer(noisy, timestep, **self.clips.condition(batch)).sample
+        return self.clips.loss(flow, batch)
 
     def losses(self, role: str, batch: dict[str, Any], step: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         """As one loss under the block mask; through the cache (`train.through_cache`) a part a chunk."""
@@ -262,25 +261,3 @@ class ARDiffusionStage(GeneratorStage):
         )  # fmt: skip
         for chunk, flow in flows:
             yield self.clips.loss(flow, batch, slice(chunk, chunk + 1))
-
-
-def forced_flow(
-    model: CausalWanModel, noisy: torch.Tensor, timestep: torch.Tensor, clips: FlowMatching, batch: dict[str, Any]
-) -> torch.Tensor:
-    """Teacher-forced flow [B, C, F, H, W] of noisy clips at timesteps [B, F]."""
-    clean, level = clips.context(batch)
-    return model(noisy, timestep, clips.embeds(batch), clean_hidden_states=clean, clean_timestep=level).sample
-
-
-def _fresh_settings(config: Config, channels: int, text_dim: int) -> dict[str, Any]:
-    """Of a transformer of `model`'s shape for latents and prompt embeddings of these widths."""
-    sizes = {"in_channels": channels, "out_channels": channels, "text_dim": text_dim}
-    return transformer_settings(config) | sizes
-
-
-def _sized(kind: type[WanTransformer3DModel], config: Config) -> WanTransformer3DModel:
-    if config.train.init_from is not None:
-        folder = need_folder(config.train.init_from, "train.init_from", "a transformer")
-        return WanTransformer3DModel.from_config(read_shape(folder / "config.json"))
-    channels = vae_shape_of(vae_folder(config)).channels
-    return random_model(kind, _fresh_settings(config, channels, config.model.text_dim), config.seed)

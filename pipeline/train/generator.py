@@ -14,13 +14,20 @@ from torch import nn
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
-from pipeline.bundle import pipeline_settings, transformer_settings, vae_shape_of, write_model_index
+from pipeline.bundle import (
+    pipeline_settings,
+    random_model,
+    read_shape,
+    transformer_settings,
+    vae_shape_of,
+    write_model_index,
+)
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, check_commit, prompt_noise
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.generate.vae_stream import StreamingDecoder
-from pipeline.sources import vae_folder
+from pipeline.sources import need_folder, vae_folder
 from pipeline.text import check_heads
 from pipeline.train.export import save_exported, swapped_in
 from pipeline.train.method import Stage, Weights
@@ -50,6 +57,8 @@ class GeneratorStage(Stage):
         latent_shape: (C, H, W) of a latent frame.
     """
 
+    kind: type[WanTransformer3DModel] = CausalWanModel
+
     @classmethod
     def check(cls, config: Config) -> None:
         COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
@@ -64,7 +73,11 @@ class GeneratorStage(Stage):
 
     @classmethod
     def trained(cls, config: Config) -> list[nn.Module]:
-        return [CausalWanModel(**transformer_settings(config))]
+        channels, init = vae_shape_of(vae_folder(config)).channels, config.train.init_from
+        settings = transformer_settings(config) | {"in_channels": channels, "out_channels": channels}
+        if init is not None:
+            settings |= read_shape(need_folder(init, "train.init_from", "a transformer") / "config.json")
+        return [random_model(cls.kind, settings, config.seed)]
 
     def __init__(
         self, config: Config, device: torch.device, transformer: WanTransformer3DModel, text: TextConditioning,

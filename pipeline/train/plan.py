@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from utils.config import Config
+from utils.config import Config, PhaseConfig
 
 
 @dataclass(frozen=True)
@@ -16,30 +16,28 @@ class StepPlan:
     world_size: int
     taken_elsewhere: int = 0
 
-    def phase_of(self, step: int) -> tuple[int, int]:
-        """(index of the curriculum's phase, steps before it); the last phase has no end."""
-        phases, start = self.config.train.phases, 0
-        for i, phase in enumerate(phases[:-1]):
-            if step < start + phase.steps:
-                return i, start
-            start += phase.steps
-        return len(phases) - 1, start
+    def phase(self, step: int) -> PhaseConfig | None:
+        """The curriculum's phase at a step; the last one has no end. None without a curriculum."""
+        phases = self.config.train.phases
+        for phase in phases[:-1]:
+            if step < phase.steps:
+                return phase
+            step -= phase.steps
+        return phases[-1] if phases else None
 
     def batch_size(self, step: int) -> int:
-        train = self.config.train
-        return train.phases[self.phase_of(step)[0]].batch_size if train.phases else train.batch_size
+        return (self.phase(step) or self.config.train).batch_size
 
     def total(self, step: int) -> int:
         return self.batch_size(step) * self.world_size * self.config.train.gradient_accumulation
 
     def samples_before(self, step: int) -> int:
         """Samples that all ranks took in steps 0 .. step-1."""
-        if not self.config.train.phases:
-            return step * self.total(0) + self.taken_elsewhere
-        current, start = self.phase_of(step)
-        done = sum(p.steps * p.batch_size for p in self.config.train.phases[:current])
-        done += (step - start) * self.batch_size(step)
-        return done * self.world_size * self.config.train.gradient_accumulation + self.taken_elsewhere
+        done, start = 0, 0
+        for phase in self.config.train.phases[:-1]:
+            steps = min(phase.steps, step - start)
+            done, start = done + steps * self.total(start), start + steps
+        return done + (step - start) * self.total(start) + self.taken_elsewhere
 
     def indices(self, step: int, micro: int, rank: int) -> range:
         """Global sample indices of one rank's micro-batch."""

@@ -134,10 +134,11 @@ class VAEStage(Stage):
 
     def clip_frames(self, step: int) -> int:
         """Pixel frames of the clips at a step."""
-        phases = self.config.train.phases
-        if not phases:
-            return self.config.data.clip_frames
-        return 1 + (phases[self.plan.phase_of(step)[0]].frames - 1) * self.vae.config.scale_factor_temporal
+        phase = self.plan.phase(step)
+        return self.config.data.clip_frames if phase is None else self._pixel_frames(phase.frames)
+
+    def _pixel_frames(self, latent_frames: int) -> int:
+        return 1 + (latent_frames - 1) * self.vae.config.scale_factor_temporal
 
     def crop_size(self, step: int) -> tuple[int, int]:
         """Height and width of the clips at a step."""
@@ -185,7 +186,7 @@ class VAEStage(Stage):
     @torch.no_grad()
     def sample(self, step: int, folder: Path, ema: Weights | None) -> dict[str, float]:
         """Round trips of the first `train.sample_held_out` held-out clips, at `train.sample_frames` latent frames."""
-        config, frames = self.config, 1 + (self.config.train.sample_frames - 1) * self.vae.config.scale_factor_temporal
+        config, frames = self.config, self._pixel_frames(self.config.train.sample_frames)
         if not config.train.sample_held_out:
             return {}
         indices = range(HELD_OUT_START, HELD_OUT_START + config.train.sample_held_out)
