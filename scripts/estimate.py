@@ -94,6 +94,8 @@ def exits_mean(config: Config, label: str) -> float:
 
 def summary(config: Config, part: str, phases: list, device: Device, reserve: float) -> dict:
     """What the table and the JSON line show."""
+    from scripts.estimate_parts import ran_micros
+
     rows = []
     for phase in phases:
         share = {label: exits_mean(config, label) if part == "train" else 1.0 for label in
@@ -120,8 +122,9 @@ def summary(config: Config, part: str, phases: list, device: Device, reserve: fl
     found = {"memory_gib": highest["memory_gib"], "fits": highest["memory_gib"] <= room,
              "largest_batch": max(0, int((room - fixed) / growing)), "phases": rows}  # fmt: skip
     if part == "train":
-        micros, updates = config.train.gradient_accumulation, config.dmd.critic_updates
-        often = {"generator": 1 / updates if config.train.stage == "dmd" else 1}
+        micros = config.train.gradient_accumulation / ran_micros(config)
+        often = {"generator": 1 / config.dmd.critic_updates if config.train.stage == "dmd" else 1}
+        found["micro_batches"] = ran_micros(config)
         found["seconds_per_step"] = micros * sum(often.get(row["phase"], 1) * row["seconds"] for row in rows)
     return found
 
@@ -137,6 +140,8 @@ def _grouped(peak: dict[str, float]) -> dict[str, float]:
 
 
 def print_table(found: dict, device: Device) -> None:
+    if found.get("micro_batches", 1) > 1:
+        print(f"\nof every update {found['micro_batches']} micro-batches are counted")
     for row in found["phases"]:
         parts = ", ".join(f"{name} {size:.2f}" for name, size in sorted(row["parts_gib"].items(), key=lambda x: -x[1])
                           if size >= 0.005)  # fmt: skip

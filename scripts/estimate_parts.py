@@ -174,10 +174,16 @@ def ran_steps(config: Config) -> int:
     return min(2, len(config.sampler.steps))
 
 
+def ran_micros(config: Config) -> int:
+    """Micro-batches of an update that are run there: the second one meets gradients."""
+    return min(2, config.train.gradient_accumulation)
+
+
 def train(
     config: Config, mode: OnDevice, world: World, folder: Path, only: str | None = None
 ) -> Iterator[Phase]:
     """One update of every role, its rollouts as long as they get, two of the denoising steps in each chunk."""
+    config = replace(config, train=replace(config.train, gradient_accumulation=ran_micros(config)))
     trainer = in_training(config, mode.counts, world, folder)
     stage = trainer.stage
     if config.train.stage == "dmd":

@@ -5,16 +5,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import attend, best_backend, clip_mask, matmul_attention
+from pipeline.train import roles
 from pipeline.train.parallel import shard_model
 from tests.toy import CHANNELS, LATENT, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
+from utils.config import Config
 
 pytestmark = pytest.mark.cuda
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BF16 = 0.03  # of the largest value: eight bits of mantissa through two layers
 BACKENDS = sorted({AttentionBackendName.NATIVE.value, best_backend(DEVICE), best_backend(DEVICE, trains=True)})
+
+
+class OperationCounter(TorchDispatchMode):
+    """Calls of some operators."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names, self.calls = names, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func.name().split(".")[0] in self.names
+        return func(*args, **kwargs or {})
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, allowed: float) -> None:
@@ -74,3 +89,22 @@ def test_gradients_of_sharded_weights_on_one_rank(tmp_path):
         close(gradient(model.to(DEVICE), DEVICE), expected, 5e-3)
     finally:
         dist.destroy_process_group()
+
+
+def test_what_attention_gave_is_kept_under_checkpointing(monkeypatch):
+    kept, config, text = {"aten::bmm", *roles.ATTENTION}, Config(), toy_prompt()
+    monkeypatch.setattr(roles, "ATTENTION", kept)  # bmm: what a CPU attends by
+    clips, calls, gradients = [randn(1, CHANNELS, 6, *LATENT, seed=seed) for seed in range(2)], [], []
+    for keeps in (False, True):
+        monkeypatch.setattr(roles, "keeps_attention", lambda *_, keeps=keeps: keeps)
+        model = roles.prepare(toy_model().train(), config, DEVICE).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=not keeps):
+            with torch.no_grad():
+                model(clips[0].to(DEVICE), torch.tensor([500.0], device=DEVICE), text.to(DEVICE))
+            out = model(clips[1].to(DEVICE), torch.tensor([500.0], device=DEVICE), text.to(DEVICE)).sample
+        with OperationCounter(kept) as counter:
+            out.float().square().mean().backward()
+        calls.append(counter.calls)
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad.float().cpu())
+    close(gradients[1], gradients[0], 1e-2 * ON_GPU)
+    assert calls[1] < calls[0]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import WanTransformer3DModel
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from model.causal_wan import CausalWanModel
 from model.weights import read_weights
@@ -162,7 +163,7 @@ def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     checkpoints.finish()
     failed = Future()
     failed.set_exception(OSError("disk full"))
-    monkeypatch.setattr(dcp, "async_save", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(dcp, "async_save", lambda *args, **kwargs: AsyncSaveResponse(failed, failed))
     checkpoints.save(2, {"value": value}, {})
     with pytest.raises(OSError, match="disk full"):
         checkpoints.poll()

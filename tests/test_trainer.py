@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import vae
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from pipeline.train.checkpoints import Checkpoints, list_checkpoints, read_into
 from pipeline.train.checks import check_plan
@@ -151,6 +152,23 @@ def test_checkpoints_are_whole_or_absent_and_the_last_are_kept(tmp_path):
     assert value.tolist() == [4.0, 4.0, 4.0]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_weights_change_only_after_they_were_copied_for_a_checkpoint(tmp_path, monkeypatch):
+    whole = DefaultStager._stage
+
+    def slowly(self, *arguments, **options):
+        time.sleep(0.1)  # longer than a step
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(DefaultStager, "_stage", slowly)
+    run_line(tmp_path / "all", save=True, max_steps=3, checkpoint_every=1, keep_checkpoints=3)
+    for step in (1, 2):
+        _, weights = run_line(tmp_path / str(step), max_steps=step)
+        found = {"roles": {"generator": {"module": {name: torch.empty_like(x) for name, x in weights.items()}}}}
+        read_into(list_checkpoints(tmp_path / "all" / "checkpoints")[step - 1], found)
+        for name, value in found["roles"]["generator"]["module"].items():
+            assert torch.equal(value, weights[name])
 
 
 def test_sample_indices_do_not_depend_on_how_ranks_and_micro_steps_share_them():

@@ -16,7 +16,8 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -27,12 +28,16 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import metadata as index_types
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.serialization import _get_layout
 
 from utils.config import ConfigError
 from utils.distributed import World, barrier, from_main
+from utils.timing import synchronise
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 # A run of one process has no process group, and needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -197,13 +202,19 @@ class Checkpoints:
         folder: where they lie.
         keep: how many complete ones are kept.
         config: the resolved settings as YAML.
+        device: of the tensors; those of a GPU are copied to pinned memory, which is kept for the next save.
     """
 
-    def __init__(self, folder: Path, keep: int, config: str, world: World):
-        self.folder, self.keep, self.config, self.world = folder, keep, config, world
+    def __init__(self, folder: Path, keep: int, config: str, world: World, device: torch.device = CPU):
+        self.folder, self.keep, self.config, self.world, self.device = folder, keep, config, world, device
         # Ranks coordinate from a background thread, so not through the group that the main thread uses.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, AsyncSaveResponse] | None = None
+
+    @cached_property
+    def _stager(self) -> DefaultStager:
+        gpu = self.device.type == "cuda"
+        return DefaultStager(StagingOptions(gpu, use_shared_memory=False, use_non_blocking_copy=gpu))
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from. Damaged ones that are newer are named in the log and set aside.
@@ -235,8 +246,8 @@ class Checkpoints:
         return source.rename(target)
 
     def save(self, step: int, tensors: dict[str, Any], info: dict[str, Any]) -> None:
-        """Copy `tensors` to the CPU, then write in the background. Waits for the save before it, and raises OSError
-        where that failed.
+        """Copy `tensors` to the CPU and write them, both in the background: they must not change before `copied`.
+        Waits for the save before it, and raises OSError where that failed.
 
         Args:
             tensors: nested dicts of tensors; one that is whole on every rank is written once.
@@ -254,22 +265,28 @@ class Checkpoints:
             except OSError as error:
                 raise self._not_written(step, error) from error
         barrier(self.world)
+        synchronise(self.device)  # the copies, on a stream of their own, wait for no kernel
         self._pending = step, dcp.async_save(
-            tensors, storage_writer=_Writer(partial), process_group=self._group
+            tensors, storage_writer=_Writer(partial), process_group=self._group, async_stager=self._stager
         )
+
+    def copied(self) -> None:
+        """Wait until the tensors of the save under way, if any, may change."""
+        if self._pending is not None:
+            self._pending[1].staging_completion.result()
 
     def poll(self) -> None:
         """Publish the save under way if it is done; costs nothing, to be called every step."""
-        if self._pending is not None and self.world.is_main and self._pending[1].done():
+        if self._pending is not None and self.world.is_main and self._pending[1].upload_completion.done():
             self.finish()
 
     def finish(self) -> None:
         """Wait for the save under way, if any, and publish it. Raises OSError where it failed on any rank."""
         if self._pending is None:
             return
-        (step, future), self._pending = self._pending, None
+        (step, save), self._pending = self._pending, None
         try:
-            future.result()
+            save.upload_completion.result()
         except (CheckpointException, OSError) as error:
             reason = _first_failure(error) if isinstance(error, CheckpointException) else error
             raise self._not_written(step, reason) from error

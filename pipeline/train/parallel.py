@@ -87,6 +87,11 @@ def prepare_stage(stage: Stage, config: Config, world: World, device: torch.devi
     return mesh is not None
 
 
+def keeps_attention(config: Config, device: torch.device) -> bool:
+    """Whether checkpointing keeps what attention gave: not on a CPU, where matrix products stand for it."""
+    return config.train.gradient_checkpointing and config.train.keep_attention and device.type == "cuda"
+
+
 def _place(part: nn.Module, model: nn.Module, device: torch.device) -> None:
     """Move a part of a model that was loaded as it is stored, in the dtype that `prepare` noted."""
     dtype = getattr(model, "placed_dtype", None)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -26,15 +25,16 @@ from pipeline.bundle import (
 )
 from pipeline.generate.inference import check_cache
 from pipeline.sources import need_folder, transformer_source, vae_folder
+from pipeline.train.parallel import keeps_attention
 from pipeline.train.text import TextConditioning
 from utils.config import Config, ConfigError, Sharding
 
-aten = torch.ops.aten
-ATTENTION = [  # what selective checkpointing keeps the output of
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-]
+ATTENTION = (  # operators that selective checkpointing keeps the output of
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "flash_attn::_flash_attn_forward",
+)
 
 
 def check_student(config: Config) -> None:
@@ -169,13 +169,18 @@ def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = to
     elif config.train.mixed_precision == "bf16":
         model.set_attention_backend(best_backend(device, trains))
     if config.train.gradient_checkpointing and trains:
-        kept = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION)}
-        # Not on a CPU, where matrix products stand for attention, nor without shards: autocast's casts of whole weights
-        # are cached in the forward, and selective checkpointing does not find them in the recomputation.
-        sharded = config.train.sharding != Sharding.none and dist.is_initialized()
-        keeps = config.train.keep_attention and device.type == "cuda" and sharded
-        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **(kept if keeps else {})))
+        context = {}
+        if keeps_attention(config, device):
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_operators())
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **context))
     return model
+
+
+def _attention_operators() -> list[torch._ops.OpOverload]:
+    """Those of `ATTENTION` that are installed."""
+    names = (name.split("::") for name in ATTENTION)
+    packets = (getattr(getattr(torch.ops, library), name, None) for library, name in names)
+    return [packet.default for packet in packets if packet is not None]
 
 
 def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline.train.checkpoints import Checkpoints, read_info, read_into
 from pipeline.train.method import Stage, Weights
-from pipeline.train.parallel import model_config, named_models, prepare_stage, set_gradient_sync
+from pipeline.train.parallel import keeps_attention, model_config, named_models, prepare_stage, set_gradient_sync
 from pipeline.train.plan import StepPlan
 from pipeline.train.state import RoleState
 from pipeline.train.throughput import FlopMeter
@@ -88,7 +88,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0  # steps without an update, over the whole run
         self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
-        self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world)
+        self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world, device)
         self.saved_step = self._resume()  # of the last checkpoint
         tracker.start(self.step)
 
@@ -150,6 +150,7 @@ class Trainer:
         if self.save and self.step % train.checkpoint_every == 0:
             self._save_checkpoint()
         if self.visualize and train.sample_every and self.step % train.sample_every == 0:
+            self.checkpoints.copied()
             folder = self.logdir / "samples" / f"step-{self.step:08d}"
             scores = self._written_once(lambda folder: self.stage.sample(self.step, folder, self.ema()), folder)
             if scores:
@@ -206,6 +207,7 @@ class Trainer:
         average([means], self.world)
         logs = dict(zip(keys, means.tolist(), strict=True)) | {"grad_norm": norm} | parts
         if all(math.isfinite(value) for value in logs.values()):  # the same on every rank
+            self.checkpoints.copied()
             with part("optimizer"):
                 logs |= state.update(self.step)
         state.zero_grad()
@@ -225,7 +227,9 @@ class Trainer:
     def _autocast(self):
         if self.config.train.mixed_precision == "no":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        # Selective checkpointing must see the same operations again: no cast may be there from before.
+        cached = not keeps_attention(self.config, self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cached)
 
     def _save_checkpoint(self) -> None:
         info = {

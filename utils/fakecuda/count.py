@@ -98,8 +98,10 @@ class Counts(Stopwatch):
             self._change(kind, -size, label)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's memory as free: it lies elsewhere."""
-        self._remove(tensor.untyped_storage()._cdata)
+        """Count a tensor's memory as free: it lies elsewhere, its views too."""
+        kind, size, label = self._storages[key := tensor.untyped_storage()._cdata]
+        self._storages[key] = [kind, 0, label]
+        self._change(kind, -size, label)
 
     def communicated(self, kind: str, size: int) -> None:
         self.comm[kind][0] += 1
