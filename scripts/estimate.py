@@ -1,7 +1,7 @@
 """Memory, FLOPs, traffic and time of a config on GPUs that need not be there: the project's own code at full size, on a
 fake CUDA device with fake tensors and a fake process group.
 
-    python -m scripts.estimate --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml --world 8
+    python -m scripts.estimate --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml
     python -m scripts.estimate --config_path C --world 64 --local 8      # eight machines
     python -m scripts.estimate --config_path C --part infer --device 4090 cache.top_k=4
 
@@ -165,12 +165,31 @@ def print_table(found: dict, device: Device) -> None:
     print()
 
 
+def print_rows(found: dict, name: str, part: str) -> None:
+    """For docs/benchmarks.md."""
+    for row in found["phases"]:
+        matmul, attention = (sum(row["flops"].get(kind, {}).values()) / 1e12 for kind in ("matmul", "attention"))
+        moved = (sum(row["moved"].values()), sum(size for _, size in row["comm"].values()))
+        counted = (f"{value:,.0f}" for value in (matmul, attention, *(size / 1e9 for size in moved)))
+        print(f"| {name} | {part}: {row['phase']} | {row['memory_gib']:.1f} | {' | '.join(counted)} "
+              f"| {row['seconds']:.2f} |")  # fmt: skip
+    if "seconds_per_step" in found:
+        print(f"| {name} | {part}: a step | | | | | | {found['seconds_per_step']:.1f} |")
+
+
+def ranks_of(config: Config) -> int:
+    """Those that `train.total_batch_size` asks for."""
+    train = config.train
+    return max(1, (train.total_batch_size or 1) // (train.batch_size * train.gradient_accumulation))
+
+
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config_path, arguments.overrides)
     rates = {name: getattr(arguments, name) for name in ("matmul", "attention", "bandwidth", "link", "memory")}
     device = replace(DEVICES[arguments.device], **{k: v for k, v in rates.items() if v is not None})
     part = arguments.part or ("infer" if config.train.stage is None else "train")
-    world = World(0, arguments.world, min(arguments.local or arguments.world, arguments.world))
+    size = arguments.world or (1 if part == "infer" else ranks_of(config))
+    world = World(0, size, min(arguments.local or 8, size))
     if part == "load":
         from scripts.estimate_parts import host
 
@@ -182,6 +201,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     phases = measure(config, part, world, arguments.exact, role=arguments.role)
     found = summary(config, part, phases, device, arguments.reserve)
+    if arguments.markdown:
+        print_rows(found, f"{Path(arguments.config_path).stem} x {size}", part)
+        return
     print_table(found, device)
     print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, "part": part,
                       "world": world.size, "device": arguments.device, **asdict(device), **found}))  # fmt: skip
@@ -190,14 +212,15 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True)
-    parser.add_argument("--world", type=int, default=1, help="ranks")
-    parser.add_argument("--local", type=int, help="ranks a machine; default all")
+    parser.add_argument("--world", type=int, help="ranks; default those that train.total_batch_size asks for")
+    parser.add_argument("--local", type=int, help="ranks a machine; default 8")
     parser.add_argument("--part", choices=["train", "infer", "sample", "text", "load"])
     parser.add_argument("--device", choices=DEVICES, default="h100")
     for name in ("matmul", "attention", "bandwidth", "link", "memory"):
         parser.add_argument(f"--{name}", type=float, help="in place of the device's")
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB that the counted memory leaves out")
     parser.add_argument("--role", default="", help="train: this role's update only")
+    parser.add_argument("--markdown", action="store_true", help="rows of a table in place of tables and JSON")
     parser.add_argument("--exact", action="store_true", help="all layers")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args(argv)

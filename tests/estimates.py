@@ -18,11 +18,10 @@ CONFIGS = [path for path in CONFIGS if not path.endswith(("world.yaml", "generat
 
 
 def estimate(path: str) -> dict[str, float]:
-    from scripts.estimate import GIB, measure
+    from scripts.estimate import GIB, measure, ranks_of
 
     config = load_config(path)
-    total = config.train.total_batch_size or 2
-    world = World(0, total // config.train.batch_size // config.train.gradient_accumulation or 1, 8)
+    world = World(0, ranks_of(config), 8)
     found = {}
     for part in ("train", "infer") if config.train.stage is not None else ("infer",):
         if part == "infer" and config.train.stage not in (None, "dmd"):
