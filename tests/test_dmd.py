@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from toy import randn
 from pipeline.sources import require_training_files
 from pipeline.train.dmd import DMDStage
 from pipeline.train.prompt_data import LatentReference
+from pipeline.train.text import TextConditioning
 from pipeline.train.trainer import Trainer, TrainingDivergedError
 from utils.config import ConfigError
 from utils.distributed import World
@@ -105,6 +107,34 @@ def test_gradient_survives_bf16(root):
     found = gradients(stage.modules["generator"])
     assert found.keys() == dict(stage.modules["generator"].named_parameters()).keys()
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in found.values())
+
+
+def test_prompts_are_encoded_beside_the_steps(root, monkeypatch):
+    encode, monitor = TextConditioning._run_encoder, Tracker(root, None, "", {}, False)
+
+    def run(beside):
+        here = []
+
+        def noted(text, prompts):
+            if threading.current_thread() is threading.main_thread():
+                here.extend(prompts)
+            return encode(text, prompts)
+
+        monkeypatch.setattr(TextConditioning, "beside", beside)
+        monkeypatch.setattr(TextConditioning, "_run_encoder", noted)
+        stage = make_stage(root, "dmd")
+        trainer = Trainer(stage.config, stage, World(), root, monitor, CPU, save=False, visualize=False)
+        losses = []
+        for trainer.step in range(2):
+            losses.append(trainer._train_step()["loss"])
+        stage.close()
+        return losses, here, stage.text
+
+    losses, here, text = run(beside=True)
+    assert here == ["a green square"]  # the negative prompt, at the generator's first update
+    assert len(text._coming) <= 4  # of the step that did not come
+    expected, here, _ = run(beside=False)
+    assert losses == expected and len(here) > 2
 
 
 def test_score_timesteps(stage):

@@ -120,7 +120,7 @@ class Reshard(StrEnum):
 
 class TextPlacement(StrEnum):
     device = "device"  # on every rank's device, in float32
-    cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in
+    cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in; encodes a step ahead
     sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
 
 

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -173,6 +174,11 @@ class DMDStage(GeneratorStage):
         """Prompts; everything else is made by the generator."""
         script = story_script(self.config, step, key, sample_indices) or self.prompts.script(key, sample_indices)
         return {"script": script, "indices": list(sample_indices)}
+
+    def ahead(self, role: str, step: int, sample_indices: Sequence[int]) -> None:
+        if self.text.beside:
+            script: Script = self.role_batch(role, step, sample_indices)["script"]
+            self.text.ahead(chain(*script.prompts.values(), script.scored))
 
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         script: Script = batch["script"]

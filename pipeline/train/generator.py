@@ -87,6 +87,9 @@ class GeneratorStage(Stage):
         self.transformer, self.text, self.vae_folder, self.latent_shape = transformer, text, vae_folder, latent_shape
         self.modules = {"generator": Generator(transformer, text.encoder if text.trainable else None)}
 
+    def close(self) -> None:
+        self.text.close()
+
     def frozen_modules(self) -> list[nn.Module]:
         sharded = self.config.train.text_placement == TextPlacement.sharded
         encoder = self.text.encoder if sharded and not self.text.trainable else None

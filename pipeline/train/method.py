@@ -68,6 +68,12 @@ class Stage(ABC):
         """What a role is updated on: `batch`, unless the stage gives each role its own."""
         return self.batch(step, sample_indices)
 
+    def ahead(self, role: str, step: int, sample_indices: Sequence[int]) -> None:  # noqa: B027
+        """Begin beside the device's work what a batch that comes soon will need."""
+
+    def close(self) -> None:  # noqa: B027
+        """Training ends."""
+
     @abstractmethod
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean over the batch's samples (float32 scalar with gradient), and numbers to log."""

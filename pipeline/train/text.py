@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class TextConditioning:
     source: Path | None = None
     _memo: dict[str, torch.Tensor] = field(default_factory=dict)
     _fixed: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
+    _coming: dict[str, Future] = field(default_factory=dict)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     @classmethod
     def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
@@ -91,11 +94,26 @@ class TextConditioning:
             return self._run_encoder(prompts)
         found = {prompt: self._memo[prompt] for prompt in prompts if prompt in self._memo}
         for prompt in dict.fromkeys(prompt for prompt in prompts if prompt not in found):
-            found[prompt] = self._embed(prompt)
+            coming = self._coming.pop(prompt, None)
+            found[prompt] = self._embed(prompt) if coming is None else coming.result()
         self._memo |= found
         while len(self._memo) * found[prompts[0]].nbytes > MEMO_BYTES:
             del self._memo[next(iter(self._memo))]  # the oldest
         return torch.stack([found[prompt] for prompt in prompts])
+
+    @property
+    def beside(self) -> bool:
+        """Whether prompts can be encoded while the device trains: the encoder is frozen and not on it."""
+        return self.encoder is not None and not self.trainable and self.encoder.device != self.device
+
+    def ahead(self, prompts: Iterable[str]) -> None:
+        """Begin to encode, in a thread, what `encode` will be asked for soon."""
+        for prompt in prompts:
+            if prompt not in self._memo and prompt not in self._coming:
+                self._coming[prompt] = self._thread.submit(self._embed, prompt)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
     def _embed(self, prompt: str) -> torch.Tensor:

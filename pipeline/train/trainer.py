@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ class Trainer:
                 if self.save and self.step != self.saved_step:
                     self._save_checkpoint()
             finally:
+                self.stage.close()
                 self.checkpoints.finish()
         if signal:
             raise_signal(signal)
@@ -170,6 +172,9 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         """One step of every role that is due; returns the mean logs of micro-steps and ranks."""
         logs: dict[str, float] = {}
+        for step in (self.step, self.step + 1):
+            for role, micro in product(self.stage.roles(step), range(self.config.train.gradient_accumulation)):
+                self.stage.ahead(role, step, self.plan.indices(step, micro, self.world.rank))
         for role in self.stage.roles(self.step):
             with part(role):
                 found = self.update_role(role)
