@@ -4,7 +4,6 @@ Shape letters: B batch, L tokens, G timestep groups, D head dim, M archived chun
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import (
@@ -16,77 +15,8 @@ from diffusers.hooks._helpers import (
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 
 from model.attention import CausalWanAttnProcessor, RMSNorm, project
+from model.kv import History, LayerKV, MidTokens, TextKV
 from model.rope import Rotation
-
-if TYPE_CHECKING:
-    from model.cache.context import ChunkContext
-
-
-class LayerKV(NamedTuple):
-    """What one layer leaves behind of a chunk, un-rotated. [B, L, heads, D] each, `mid_*` [B, N_c, heads, D]."""
-
-    query: torch.Tensor | None  # None where the history will not score by it
-    key: torch.Tensor
-    value: torch.Tensor
-    mid_key: torch.Tensor | None
-    mid_value: torch.Tensor | None
-
-
-@dataclass
-class ChunkKV:
-    """What `PackCache.commit` takes: one `LayerKV` a layer, the chunk's clean latents [B, C, F, H, W], and those of its
-    averaged pixels [B, C, f, h, w] where the compressor looks at them. `frame`: to compress it again, with gradient."""
-
-    layers: list[LayerKV]
-    latents: torch.Tensor
-    low_res: torch.Tensor | None = None
-    frame: "SmallFrame | None" = None
-
-
-class TextKV:
-    """Cross-attention K, V of one batch of prompts, filled by the first forward and reused by the others."""
-
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __contains__(self, layer: int) -> bool:
-        return layer in self._layers
-
-    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._layers[layer]
-
-    def __setitem__(self, layer: int, kv: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self._layers[layer] = (kv[0].detach(), kv[1].detach())
-
-
-class SmallFrame(NamedTuple):
-    """What the tokens of a compressed chunk need to pass through the blocks (`cache.compressor.kv=forward`).
-
-    Attributes:
-        context: of the chunk they stand for; they attend its history and themselves.
-        rotation: of the tokens.
-        modulation: [B, 1, 6, dim] of the timestep that the chunk was committed at.
-        text_kv: the prompts' K, V of that commit.
-    """
-
-    context: "ChunkContext"
-    rotation: Rotation
-    modulation: torch.Tensor
-    text_kv: TextKV
-
-
-class MidTokens(NamedTuple):
-    """Compressed chunks on their way to a layer's K, V.
-
-    Attributes:
-        hidden: [B, M, N_c, dim].
-        chunk_ids: [M].
-        frames: [M], where `hidden` passes through the blocks; None: every layer projects it as it is.
-    """
-
-    hidden: torch.Tensor
-    chunk_ids: list[int]
-    frames: list[SmallFrame] | None = None
 
 
 class Passed:
@@ -120,7 +50,7 @@ class LayerMemory:
     """
 
     layer: int
-    context: "ChunkContext | None" = None
+    context: History | None = None
     mid_tokens: MidTokens | None = None
     new_mid: MidTokens | None = None
     text_kv: TextKV | None = None

@@ -26,9 +26,10 @@ from einops import rearrange
 from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
-from model.block import CausalWanBlock, ChunkKV, LayerMemory, MidTokens, SmallFrame, TextKV
+from model.block import CausalWanBlock, LayerMemory
 from model.compressor import COMPRESSORS, low_res_tokens
 from model.geometry import ChunkGeometry
+from model.kv import ChunkKV, MidTokens, SmallFrame, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
 
 log = logging.getLogger(__name__)

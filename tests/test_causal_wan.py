@@ -7,8 +7,8 @@ from oracle import OracleMemory, OracleWan, clip_flow, softmax_attention
 from toy import DIMS, TEXT_DIM, randn, randomize, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import attend, clip_mask
-from model.block import TextKV
 from model.causal_wan import CausalWanModel
+from model.kv import TextKV
 from utils.config import CacheKind
 
 TOLERANCE = 5e-5  # float32 network against a float64 one; flows are of order 1

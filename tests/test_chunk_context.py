@@ -8,8 +8,8 @@ from test_kv_cache import ABSOLUTE, BOTH_SCOPES, FIT, FORWARD, IDENTITY, PER_FOR
 from toy import randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import clip_mask
-from model.block import TextKV
 from model.cache.context import ChunkContext
+from model.kv import TextKV
 from model.rope import Rotation, chunk_rotation, shift_in_time
 from utils.config import CacheKind
 

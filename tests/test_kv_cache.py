@@ -8,10 +8,10 @@ import torch
 from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
-from model.block import ChunkKV, LayerKV
 from model.cache.archive import _say_once
 from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
+from model.kv import ChunkKV, LayerKV
 from utils.config import (
     CacheConfig,
     CacheKind,

@@ -10,8 +10,8 @@ from functools import lru_cache
 import psutil
 import torch
 
-from model.block import ChunkKV
 from model.cache.precision import Kept, keep
+from model.kv import ChunkKV
 
 log = logging.getLogger(__name__)
 

@@ -3,20 +3,18 @@
 Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k selected mid chunks, D head dim.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from model.cache.positions import Parts, Times
 from model.cache.selection import Candidates, affinity
+from model.cache.state import CacheState
 from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
 from utils.config import CompressedKV, MidSpan, Refresh
 from utils.timing import timed
-
-if TYPE_CHECKING:
-    from model.cache.cache import PackCache
 
 
 class _Frozen(NamedTuple):
@@ -45,7 +43,7 @@ class ChunkContext:
         keeps_history: of a compressed chunk that passes, what it attended, to let it pass again with gradient.
     """
 
-    def __init__(self, cache: "PackCache"):
+    def __init__(self, cache: CacheState):
         self.cache, self._layers = cache, cache.layers  # a reset cache has other layers
         self.chunk = cache.num_chunks
         layout, config = cache.layout, cache.config

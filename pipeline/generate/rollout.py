@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from model.block import ChunkKV, TextKV
 from model.cache.cache import PackCache
 from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel, CausalWanOutput
+from model.kv import ChunkKV, TextKV
 from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small

@@ -21,7 +21,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from model.cache.cache import CacheLayout
+from model.cache.state import CacheLayout
 from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
