@@ -1,6 +1,8 @@
 """A bundle: one folder with everything that turns a prompt into a video, laid out as diffusers lays out a pipeline.
 
-    transformer/  vae/  text_encoder/  tokenizer/  scheduler/
+    transformer/  vae/  text_encoder/  tokenizer/  scheduler/  model_index.json
+
+Parts that several bundles share lie in one of them, which the others' model_index.json names as `_base`.
 
 The tiny bundle and Wan-AI's `Wan2.1-T2V-1.3B-Diffusers` are read by the same code. `model.checkpoint` replaces the
 transformer's weights. What can be checked without loading a model is checked first (`check_bundle`).
@@ -10,32 +12,24 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, ModelMixin, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
-from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
+from model.causal_wan import CausalWanModel
 from model.geometry import WAN_PATCH_SIZE
-from model.schedule import WAN_SHIFT
-from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_files, read_weights
-from pipeline.sources import bundle_folder, require_files, transformer_source
-from utils.config import Config, ConfigError, ModelConfig, VideoConfig
+from model.weights import check_weights
+from pipeline.sources import INDEX, bundle_folder, bundle_part, part_folder, require_files, transformer_source
+from pipeline.vae_shape import VAEShape
+from utils.config import Config, ConfigError, ModelConfig
 from utils.load_config import section
 
 log = logging.getLogger(__name__)
-
-# What the libraries raise for files that hold anything.
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 
 def read_json(path: Path) -> dict:
@@ -97,7 +91,7 @@ def check_bundle(config: Config) -> None:
     """
     require_files(config)
     for name in ("vae", "text_encoder"):
-        check_weights(bundle_folder(config) / name)
+        check_weights(bundle_part(config, name))
     if not config.model.random_init:
         check_weights(transformer_source(config))
     _check_sizes(config)
@@ -106,7 +100,7 @@ def check_bundle(config: Config) -> None:
 
 def _warn_of_untrained_size(config: Config) -> None:
     """Where the bundle says what it was trained on."""
-    index = bundle_folder(config) / "model_index.json"
+    index = bundle_folder(config) / INDEX
     trained = read_json(index).get("video") if index.is_file() else None
     for name in ("height", "width", "frames_per_chunk"):
         now, then = getattr(config.video, name), (trained or {}).get(name)
@@ -114,34 +108,9 @@ def _warn_of_untrained_size(config: Config) -> None:
             log.warning("video.%s is %d: %s was trained on %d; expect worse videos", name, now, index.parent, then)
 
 
-@dataclass(frozen=True)
-class VAEShape:
-    """What a VAE's config says about its latents."""
-
-    channels: int
-    temporal_stride: int  # pixel frames per latent frame, after the first
-    spatial_stride: int
-
-    def latent_frames(self, frames: int) -> int:
-        """Latent frames that hold at least `frames` pixel frames."""
-        return 1 + math.ceil((frames - 1) / self.temporal_stride)
-
-    def size(self, video: VideoConfig) -> tuple[int, int]:
-        """Latent height and width of `video`. Raises `ConfigError` where patches do not fill it."""
-        for name, patch in zip(("height", "width"), WAN_PATCH_SIZE[1:], strict=True):
-            size, unit = getattr(video, name), self.spatial_stride * patch
-            if size % unit:
-                raise ConfigError(f"setting `video.{name}` is {size}: must be a multiple of {unit} px (VAE x patch)")
-        return video.height // self.spatial_stride, video.width // self.spatial_stride
-
-    def frames(self, latent_frames: int) -> int:
-        """Pixel frames of `latent_frames` latent ones."""
-        return 1 + self.temporal_stride * (latent_frames - 1)
-
-
 def vae_shape(config: Config) -> VAEShape:
     """Read from the bundle, without loading the VAE. Raises `ConfigError`."""
-    return vae_shape_of(bundle_folder(config) / "vae")
+    return vae_shape_of(bundle_part(config, "vae"))
 
 
 def vae_shape_of(folder: Path) -> VAEShape:
@@ -167,133 +136,11 @@ def _check_sizes(config: Config) -> None:
     if vae.channels != shape["in_channels"]:
         raise ConfigError(f"the VAE has {vae.channels} latent channels, the transformer {shape['in_channels']}; "
                           "model.bundle and model.checkpoint do not belong together")  # fmt: skip
-    text_dim = read_json(bundle_folder(config) / "text_encoder" / "config.json").get("d_model")
+    text_dim = read_json(bundle_part(config, "text_encoder") / "config.json").get("d_model")
     if text_dim != shape["text_dim"]:
         raise ConfigError(f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}; "
                           "model.bundle and model.checkpoint do not belong together")  # fmt: skip
     vae.size(config.video)
-
-
-def load_transformer(config: Config) -> CausalWanModel:
-    """The causal DiT with the weights of `transformer_source`, memory-mapped on the CPU, in their stored dtype.
-
-    With `model.random_init`: fresh weights, the same for the same `seed`. A checkpoint without compressor gets a fresh
-    one, which is logged. Raises `CheckpointError` for weights that do not fit.
-    """
-    settings = transformer_settings(config)
-    if config.model.random_init:
-        return random_model(CausalWanModel, settings, config.seed).eval()
-    source = transformer_source(config)
-    weights = read_weights(source, config.model.use_ema)
-    with init_empty_weights(include_buffers=False):
-        model = CausalWanModel(**settings)
-    stored = [name for name in weights if name.startswith(COMPRESSOR_PREFIX)]
-    if model.pack_compressor is None and stored:
-        log.info("%s: its compressor (%d tensors) is not used with cache.compressor.kind=%s",
-                 source, len(stored), config.cache.compressor.kind)  # fmt: skip
-        weights = {name: tensor for name, tensor in weights.items() if name not in stored}
-    fresh = {} if stored else model.fresh_compressor(source, config.seed)
-    load_weights(model, weights, source, fresh)
-    return model.eval()
-
-
-def random_model(kind: type[WanTransformer3DModel], settings: dict, seed: int) -> WanTransformer3DModel:
-    """Random weights, the same for the same `seed`; of `settings`, what the class does not know is left out."""
-    known = inspect.signature(kind.__init__).parameters
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind(**{key: value for key, value in settings.items() if key in known})
-
-
-def place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    """Cast as diffusers does on loading (what Wan needs in float32 stays so) and move to `device`; returns `model`."""
-    cast_weights(model, dtype, model._keep_in_fp32_modules)
-    return model.to(device)
-
-
-def load_vae(config: Config, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
-    """The bundle's VAE. Raises `CheckpointError` for weights that do not fit."""
-    vae = load_library_model(AutoencoderKLWan, bundle_folder(config) / "vae", dtype).to(device)
-    if device.type == "cpu":  # in bfloat16 1.7 times as fast; in float32 it makes no odds
-        for module in vae.modules():
-            if isinstance(module, nn.Conv3d):
-                module.to(memory_format=torch.channels_last_3d)
-    return vae
-
-
-def load_scheduler(config: Config) -> FlowMatchEulerDiscreteScheduler:
-    """The bundle's schedule, with `sampler.shift` in place of its own where that is set."""
-    if config.sampler.shift is not None:
-        return FlowMatchEulerDiscreteScheduler(shift=config.sampler.shift)
-    return read_scheduler(bundle_folder(config))
-
-
-def read_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The schedule of a folder: its flow shift, Wan's where it has none."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    return FlowMatchEulerDiscreteScheduler(shift=flow_shift(read_json(path) if path.is_file() else {}))
-
-
-def flow_shift(settings: Mapping[str, Any]) -> float:
-    """Of a scheduler's settings, by either of diffusers' names. Raises `ConfigError` where it depends on the size."""
-    if settings.get("use_dynamic_shifting"):
-        raise ConfigError("the scheduler has use_dynamic_shifting, a shift for every size: set sampler.shift")
-    return settings.get("shift", settings.get("flow_shift", WAN_SHIFT))
-
-
-def load_text_encoder(
-    config: Config, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
-    """The bundle's tokenizer and text encoder. Raises `CheckpointError` for files that do not fit."""
-    folder = bundle_folder(config)
-    tokenizer = load_tokenizer(folder)
-    return tokenizer, load_library_model(UMT5EncoderModel, folder / "text_encoder", dtype).to(device)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """That of a bundle's folder. Raises `CheckpointError`."""
-    try:
-        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise CheckpointError(f"{folder / 'tokenizer'}: no tokenizer ({_first_line(error)})") from error
-
-
-def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
-    """`from_pretrained`, but strict: the libraries only warn about parameters that are missing or left over."""
-    check_weights(folder)
-    try:
-        model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[problem])):
-            raise CheckpointError(f"{folder} does not fit {kind.__name__}: {len(names)} {problem}, first {names[0]}")
-    return model.eval()
-
-
-def load_mapped(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path):
-    """The model in `folder`, strictly, in the dtype it is stored in. Its weights stay in the files, memory-mapped: all
-    processes of a machine share them. Raises `CheckpointError`."""
-    check_weights(folder)
-    weights = read_weights(folder) if issubclass(kind, ModelMixin) else read_files(folder)
-    try:
-        with init_empty_weights(include_buffers=False):
-            if issubclass(kind, ModelMixin):
-                model = kind.from_config(kind.load_config(folder, local_files_only=True))
-            else:
-                model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-    except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    tied = {name: weights[source] for name, source in tied.items() if name not in weights and source in weights}
-    load_weights(model, weights, folder, tied)
-    if isinstance(model, PreTrainedModel):
-        model.tie_weights()
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def pipeline_settings(config: Config) -> dict[str, Any]:
@@ -302,10 +149,12 @@ def pipeline_settings(config: Config) -> dict[str, Any]:
     return {name: values[name] for name in ("cache", "sampler", "video")}
 
 
-def write_model_index(folder: Path, config: Config) -> None:
-    """`model_index.json` of a folder that holds all parts, so that `PackForcingPipeline.from_pretrained` reads it."""
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class")
-    index = {
+def write_model_index(folder: Path, config: Config, base: str | None = None) -> None:
+    """`model_index.json` for `PackForcingPipeline.from_pretrained`; parts that the folder lacks are at `base`."""
+    index = {} if base is None else {"_base": base}
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    tokenizer = read_json(part_folder(folder, "tokenizer") / "tokenizer_config.json").get("tokenizer_class")
+    index |= {
         "_class_name": "PackForcingPipeline",
         "_diffusers_version": diffusers.__version__,
         "tokenizer": ["transformers", tokenizer],
@@ -315,4 +164,4 @@ def write_model_index(folder: Path, config: Config) -> None:
         "transformer": [CausalWanModel.__module__, CausalWanModel.__name__],
     }
     index |= pipeline_settings(config)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

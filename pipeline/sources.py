@@ -1,9 +1,11 @@
 """Which files a model comes from, and where to get those that are missing. Needs no heavy import."""
 
+import json
 from pathlib import Path
 
 from utils.config import Config, ConfigError, DataKind
 
+INDEX = "model_index.json"  # diffusers' name
 REAL_MODELS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers")  # of Wan-AI
 # Where the checkpoints and prompts of the published recipes are.
 PUBLISHED = {
@@ -24,6 +26,23 @@ def bundle_folder(config: Config) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"bundle {folder} does not exist; {_where_to_get(folder)}")
     return folder
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of the bundle at `folder` is: there, or in the one that its model_index.json names as `_base`."""
+    index = folder / INDEX
+    if (folder / part).is_dir() or not index.is_file():
+        return folder / part
+    try:
+        base = json.loads(index.read_text(encoding="utf-8")).get("_base")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{index}: not readable as JSON ({error})") from error
+    return folder / (base or "") / part
+
+
+def bundle_part(config: Config, part: str) -> Path:
+    """Where a part of `model.bundle` is. Raises `ConfigError` as `bundle_folder`."""
+    return part_folder(bundle_folder(config), part)
 
 
 def need_folder(path: str | None, key: str, part: str) -> Path:
@@ -47,7 +66,7 @@ def transformer_source(config: Config) -> Path:
     """Where the transformer's weights come from: `model.checkpoint`, else the bundle's own."""
     if config.model.checkpoint is not None:
         return Path(config.model.checkpoint)
-    return bundle_folder(config) / "transformer"
+    return bundle_part(config, "transformer")
 
 
 def loras(config: Config) -> list[tuple[Path, float]]:
@@ -85,9 +104,9 @@ def require_files(config: Config) -> None:
 def _missing_parts(folder: Path, config: Config) -> list[str]:
     if (folder / "Wan2.1_VAE.pth").is_file():
         return [f"bundle {folder} is in Wan2.1's own layout, expected diffusers'; {_where_to_get(folder)}"]
-    absent = [f"{part}/{file}" for part, file in _CONFIG_OF.items() if not (folder / part / file).is_file()]
+    absent = [f"{part}/{file}" for part, file in _CONFIG_OF.items() if not (part_folder(folder, part) / file).is_file()]
     own = config.model.checkpoint is None and not config.model.random_init
-    if own and not (folder / "transformer").is_dir():
+    if own and not part_folder(folder, "transformer").is_dir():
         absent.append("transformer/ (or name one with --checkpoint_path)")
     return [f"bundle {folder} has no {', '.join(absent)}; {_where_to_get(folder)}"] if absent else []
 

@@ -32,11 +32,12 @@ from model.attention import attend
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.schedule import WAN_SHIFT
-from pipeline.bundle import load_scheduler, load_text_encoder, load_vae, pipeline_settings
+from pipeline.bundle import pipeline_settings
 from pipeline.generate.inference import Runtime, load_model, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.load import load_scheduler, load_text_encoder, load_vae
 from pipeline.text import encode_text
 from utils.config import Config, ConfigError
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise

@@ -16,9 +16,10 @@ from model import attention
 from model.cache import selection
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import load_transformer, place, read_json, transformer_settings, vae_shape_of
+from pipeline.bundle import read_json, transformer_settings, vae_shape_of
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.load import load_transformer, place
 from pipeline.text import encode_tokens
 from pipeline.train.parallel import shard_model, sharding_mesh
 from pipeline.train.stages import build_stage

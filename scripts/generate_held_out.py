@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from tqdm import tqdm
 
-from pipeline.bundle import check_bundle, load_library_model
+from pipeline.bundle import check_bundle
 from pipeline.data.schedule import Prompt
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.load import load_library_model
 from utils.config import Config, ConfigError
 from utils.sprites.story import FRAMES_PER_CHUNK
 from utils.sprites.world import FPS

@@ -22,7 +22,8 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
     import torch  # heavy, like what follows: after what can be checked without them
 
     from model.weights import content_hash
-    from pipeline.bundle import place, vae_shape_of
+    from pipeline.bundle import vae_shape_of
+    from pipeline.load import place
     from pipeline.sources import transformer_source, vae_folder
     from pipeline.train.prompt_data import PromptData
     from pipeline.train.roles import check_student, load_student, load_text

@@ -38,12 +38,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model.weights import content_hash
-from pipeline.bundle import load_library_model, vae_shape_of
+from pipeline.bundle import vae_shape_of
 from pipeline.data.clips import LatentClips, check_clips, data_folder, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts, read_prompts
 from pipeline.data.text import TextEmbeddings, embed_prompts
 from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, list_videos
+from pipeline.load import load_library_model
 from pipeline.sources import vae_folder
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank

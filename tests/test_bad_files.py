@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG
 
 from model.weights import CheckpointError, check_weights, load_weights, read_weights
-from pipeline.bundle import check_bundle, load_text_encoder, load_transformer, load_vae, transformer_settings
+from pipeline.bundle import check_bundle, transformer_settings
 from pipeline.data.clips import LatentClips
 from pipeline.data.shards import ShardWriter
+from pipeline.load import load_text_encoder, load_transformer, load_vae
 from pipeline.train.checkpoints import read_info
 from utils.config import ConfigError
 from utils.distributed import World

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
-from pipeline.bundle import (
-    check_bundle,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    place,
-    transformer_settings,
-    vae_shape,
-)
+from pipeline.bundle import check_bundle, transformer_settings, vae_shape, write_model_index
+from pipeline.generate.pipeline import PackForcingPipeline
+from pipeline.load import load_text_encoder, load_transformer, load_vae, place
 from tests import tiny
 from utils.config import ConfigError
 from utils.load_config import load_config
 
 CPU = torch.device("cpu")
+SHIPPED = Path(__file__).parent.parent / "bundles"
 
 
 @pytest.fixture
@@ -60,6 +56,31 @@ def test_round_trip(configure, bundle):
     tokenizer, encoder = load_text_encoder(config, CPU, torch.float32)
     assert tokenizer.decode(tokenizer("a red circle").input_ids) == "a red circle </s>"
     assert encoder.config.d_model == 16
+
+
+@pytest.mark.parametrize(("name", "config"), [("tiny", "demo"), ("tiny_ar", "ar_demo"), ("tiny_story", "story")])
+def test_shipped_bundles_are_what_their_configs_say(name, config):
+    pipe = PackForcingPipeline.from_pretrained(SHIPPED / name)
+    config = load_config(f"configs/tiny/{config}.yaml", [f"model.bundle={SHIPPED / name}", "model.checkpoint=null"])
+    assert (pipe.cache_config, pipe.video_config, pipe.sampler_config) == (config.cache, config.video, config.sampler)
+    check_bundle(config)
+    expected = weights_of(SHIPPED / name)
+    for model in (pipe.transformer, load_transformer(config)):
+        state = model.state_dict()
+        assert state.keys() <= expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    assert load_vae(config, CPU, torch.float32).config.z_dim == pipe.vae.config.z_dim
+    assert sum(file.stat().st_size for file in (SHIPPED / name).rglob("*")) < 24e6
+
+
+def test_parts_of_another_bundle(bundle, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(bundle / "transformer", part / "transformer")
+    write_model_index(part, load_config("configs/tiny/demo.yaml", ["cache.top_k=3"]), "../bundle")
+    pipe = PackForcingPipeline.from_pretrained(part)
+    assert pipe.cache_config.top_k == 3 and pipe.vae.config.z_dim == 4
+    (bundle / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="part has no tokenizer/tokenizer_config.json"):
+        check_bundle(load_config("configs/tiny/demo.yaml", [f"model.bundle={part}"]))
 
 
 def test_the_shape_is_the_bundles_and_the_chunk_is_the_configs(configure):

@@ -11,9 +11,11 @@ from toy import toy_cache, toy_config, toy_model, toy_prompt
 
 from model.cache.selection import SELECTIONS, Candidates
 from model.compressor import COMPRESSORS
+from pipeline.generate.conditioning import CONDITIONS
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.method import METHODS
-from utils.config import SamplerConfig
+from utils.config import ConfigError, SamplerConfig
 from utils.metrics import METRICS, measure
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -23,7 +25,7 @@ BLOCKS = re.findall(r"^## (.+?)$.*?```python\n(.*?)```", PAGE, flags=re.S | re.M
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """All blocks run; the registries are as before when the tests are over."""
-    choices = [COMPRESSORS._choices, SELECTIONS._choices, METHODS._choices, METRICS]
+    choices = [COMPRESSORS._choices, SELECTIONS._choices, CONDITIONS._choices, METHODS._choices, METRICS]
     before = [dict(each) for each in choices]
     for title, code in BLOCKS:
         assert code.count("\n") < 30, title
@@ -35,7 +37,7 @@ def registered():
 
 
 def test_every_kind_is_shown():
-    assert [title for title, _ in BLOCKS] == ["A compressor", "A selection", "A stage", "A metric"]
+    assert [title for title, _ in BLOCKS] == ["A compressor", "A selection", "A condition", "A stage", "A metric"]
 
 
 def rolled_out(compressor: str, channels: tuple[int, ...], **cache):
@@ -62,6 +64,15 @@ def test_the_compressor():
 def test_the_selection():
     assert SELECTIONS["spread"].choose(Candidates(range(3, 11), 4, 2, None, (0, 0, 0))).tolist() == [[3, 5, 7, 9]] * 2
     rolled_out("hr_spatial", (6, 8), selection="spread")
+
+
+def test_the_condition(bundle):
+    pipe = PackForcingPipeline.from_pretrained(bundle)
+    whole = pipe("a red circle", num_frames=21, output_type="latent").frames
+    again = pipe("a red circle", num_frames=21, output_type="latent", conditions={"opening": whole[:, :, :4]}).frames
+    assert whole.shape[2] == 6 and torch.equal(whole, again)
+    with pytest.raises(ConfigError, match="`conditions` is end: expected one of prompt, prompt_embeds, image, video"):
+        pipe("a red circle", conditions={"end": whole})
 
 
 def test_the_stage(tmp_path):

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from model.weights import CheckpointError
-from pipeline.bundle import load_mapped
+from pipeline.load import load_mapped
 from pipeline.train.roles import prepare
 from utils.config import Config, Sharding
 

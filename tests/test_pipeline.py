@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from model.cache.cache import PackCache
 from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
+from pipeline.generate.chunks import NotFiniteError
 from pipeline.generate.inference import Runtime, load_pipeline
-from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
 from tests import tiny

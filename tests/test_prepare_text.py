@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pipeline.bundle import load_text_encoder
 from pipeline.data import shards
 from pipeline.data import text as text_embeddings
 from pipeline.data.text import TextEmbeddings, write_embeddings
+from pipeline.load import load_text_encoder
 from pipeline.text import encode_text
 from pipeline.train import text as conditioning
 from pipeline.train.text import TextConditioning

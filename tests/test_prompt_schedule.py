@@ -11,12 +11,12 @@ from test_inference_cli import fails
 from inference_packforcing import main
 from model.cache.cache import PackCache
 from model.schedule import FlowMatchSchedule
-from pipeline.bundle import VAEShape
 from pipeline.data.schedule import read_prompt, timeline
 from pipeline.generate import run
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.vae_shape import VAEShape
 from tests import tiny
 from utils.config import ConfigError
 from utils.rng import keyed_randn

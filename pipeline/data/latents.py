@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from model.weights import content_hash
-from pipeline.bundle import load_library_model, vae_shape_of
+from pipeline.bundle import vae_shape_of
 from pipeline.data.clips import (
     FRAMES_AT_ONCE,
     ClipSource,
@@ -24,6 +24,7 @@ from pipeline.data.clips import (
     write_clips,
 )
 from pipeline.data.vae_clip import channels_last, encode_frames
+from pipeline.load import load_library_model
 from pipeline.sources import vae_folder
 from utils.config import Config, ConfigError, DataKind
 from utils.distributed import World, barrier

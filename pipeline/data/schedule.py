@@ -5,18 +5,14 @@
 `at`: seconds, rounded to the nearest chunk boundary. Needs no heavy import.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.vae_shape import VAEShape
 from utils.config import ConfigError
-
-if TYPE_CHECKING:
-    from pipeline.bundle import VAEShape
 
 Prompt = str | list[dict[str, Any]]  # a text, or a schedule
 FIELDS = ("at", "prompt")
@@ -61,6 +57,13 @@ def read_prompt(value: Any, where: str) -> Prompt:
     if not is_text(value) or not value.strip():
         raise ConfigError(f"{where}: `prompt` is {value!r}, expected text, or a list of {{at, prompt}}")
     return " ".join(value.split())
+
+
+def prompts_of(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One a video. Raises `ConfigError` for what is neither text nor schedule."""
+    alone = isinstance(prompt, str) or all(isinstance(entry, dict) for entry in prompt)
+    prompts = [prompt] if alone else list(prompt)
+    return [one if isinstance(one, str) else read_prompt(one, f"prompt {place}") for place, one in enumerate(prompts)]
 
 
 def _entry(entry: Any, where: str) -> dict[str, Any]:

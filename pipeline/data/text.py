@@ -14,8 +14,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.weights import content_hash
-from pipeline.bundle import load_text_encoder, transformer_settings
+from pipeline.bundle import transformer_settings
 from pipeline.data.shards import Shards, ShardWriter, shard_number, shard_paths
+from pipeline.load import load_text_encoder
 from pipeline.text import encode_tokens
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier

@@ -1,76 +1,94 @@
-"""What a call conditions its videos on: text that may change from chunk to chunk, and noise.
+"""What a call conditions its videos on, and the noise that they start from.
 
-One text a video at a time; a batch changes part of its texts where any of its schedules does.
+A condition is a function, registered under the name of the argument that it reads; it adds to a `Conditioning` what
+that argument means for every chunk. One text a video at a time; a batch changes its texts where a schedule of it does.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.data.schedule import Prompt, read_prompt, text_at, timeline
+from pipeline.data.schedule import prompts_of, text_at, timeline
 from pipeline.generate.rollout import NoiseSource, Prompts, prompt_noise
+from pipeline.vae_shape import VAEShape
 from utils.config import ConfigError, SamplerConfig
-
-if TYPE_CHECKING:
-    from pipeline.generate.pipeline import PackForcingPipeline
+from utils.registry import Registry
 
 log = logging.getLogger(__name__)
 
 
-def prompts_of(prompt: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One a video. Raises `ConfigError` for what is neither text nor schedule."""
-    alone = isinstance(prompt, str) or all(isinstance(entry, dict) for entry in prompt)
-    prompts = [prompt] if alone else list(prompt)
-    return [one if isinstance(one, str) else read_prompt(one, f"prompt {place}") for place, one in enumerate(prompts)]
-
-
 @dataclass(frozen=True)
+class Encoders:
+    """What turns a call's arguments into tensors.
+
+    Attributes:
+        text: prompt -> [1, n, text_dim].
+        pixels: images or frames, as diffusers' `VideoProcessor` takes them -> [B, 3, F, H, W] in -1..1.
+        latents: pixels -> normalised [B, C, F', H', W'].
+        frames_per_chunk: latent frames.
+    """
+
+    text: Callable[[str], torch.Tensor]
+    pixels: Callable[[Any], torch.Tensor]
+    latents: Callable[[torch.Tensor], torch.Tensor]
+    vae_shape: VAEShape
+    frames_per_chunk: int
+    fps: float
+    place: dict[str, Any]  # device and dtype of the transformer
+
+
 class Conditioning:
-    """Text of a batch of videos.
+    """A batch of videos: its texts, and chunks that are given.
+
+    Args:
+        asked: arguments of the call, of which those in `CONDITIONS` are read, and those in `asked.conditions`.
 
     Attributes:
         lines: of every video, chunk -> text from there on.
         parts: chunk -> embeddings of the batch from there on.
+        given: latents [B, C, F, H, W] of the first chunks, which are committed and not generated.
+
+    Raises:
+        ConfigError: a condition that cannot be.
     """
 
-    lines: list[dict[int, str]]
-    parts: dict[int, Prompts]
+    def __init__(self, asked: SimpleNamespace, encoders: Encoders, sampler: SamplerConfig):
+        self.asked, self.encoders = asked, encoders
+        self.negative = None if sampler.guidance == 1 else self._negative(sampler).to(**encoders.place)
+        self.lines: list[dict[int, str]] = []
+        self.parts: dict[int, Prompts] = {}
+        self.given: list[torch.Tensor] = []
+        found = {name: getattr(asked, name, None) for name in CONDITIONS} | (asked.conditions or {})
+        for name, value in found.items():
+            if value is not None:
+                CONDITIONS[name](self, value)
 
-    @classmethod
-    def of(cls, pipe: PackForcingPipeline, asked: SimpleNamespace, sampler: SamplerConfig) -> Conditioning:
-        """Of a call's arguments, everything encoded. Raises `ConfigError` for a schedule that cannot be."""
-        place = {"device": pipe._execution_device, "dtype": pipe.transformer.dtype}
-        embeds, negative, repeats = asked.prompt_embeds, None, asked.num_videos_per_prompt
-        if sampler.guidance != 1:
-            negative = _negative(pipe, asked, sampler).to(**place)
-        if embeds is not None:
-            lines = [{0: f"embeds {number}"} for number in range(len(embeds)) for _ in range(repeats)]
-            return cls(lines, {0: Prompts(embeds.repeat_interleave(repeats, 0).to(**place), negative)})
-        size, fps = pipe.transformer.config.frames_per_chunk, pipe.video_config.fps
-        lines = [timeline(one, pipe.vae_shape, size, fps) for one in prompts_of(asked.prompt) for _ in range(repeats)]
-        encoded = {text: pipe.encode_prompt(text)[0] for line in lines for text in line.values()}
-        parts = {}
-        for start in sorted({start for line in lines for start in line}):
-            now = [text_at(line, start) for line in lines]
-            embeds = pad_sequence([encoded[text] for text in now], batch_first=True)  # [B, n, text_dim]
-            parts[start] = Prompts(embeds.to(**place), negative)
-            if start and len(set(now)) == 1:  # a batch of schedules would say too much
-                log.info("from %.2f s (chunk %d): %s", pipe.vae_shape.frames(size * start) / fps, start, now[0])
-        return cls(lines, parts)
+    def _negative(self, sampler: SamplerConfig) -> torch.Tensor:
+        """Embeddings of what guidance leads away from: [1, n, text_dim], or [B, n, text_dim], one for each prompt."""
+        asked, embeds, texts = self.asked, self.asked.negative_prompt_embeds, self.asked.negative_prompt
+        if embeds is None:
+            texts = sampler.negative_prompt if texts is None else texts
+            texts = [texts] if isinstance(texts, str) else texts
+            embeds = pad_sequence([self.encoders.text(text)[0] for text in texts], batch_first=True)
+        if len(embeds) == 1:
+            return embeds
+        prompts = len(prompts_of(asked.prompt) if asked.prompt_embeds is None else asked.prompt_embeds)
+        if len(embeds) != prompts:
+            raise ConfigError(f"{len(embeds)} negative prompts for {prompts} prompts: give one, or one for each")
+        return embeds.repeat_interleave(asked.num_videos_per_prompt, 0)
 
-    def noise(self, asked: SimpleNamespace, size: tuple[int, ...]) -> NoiseSource:
+    def noise(self, size: tuple[int, ...]) -> NoiseSource:
         """Noise of every chunk and step: of the call's own source, else of (seed, the chunk's text, sample).
 
         Raises `ConfigError` for `latents` of another size than the videos', [C, F, H, W].
         """
+        asked = self.asked
         if asked.noise is not None:
             noise = asked.noise
         elif asked.generator is not None:
@@ -99,19 +117,53 @@ class Conditioning:
         return given
 
 
-def _negative(pipe: PackForcingPipeline, asked: SimpleNamespace, sampler: SamplerConfig) -> torch.Tensor:
-    """Embeddings of what guidance leads away from: [1, n, text_dim], or [B, n, text_dim] where each prompt has its own.
+CONDITIONS: Registry[Callable[[Conditioning, Any], None]] = Registry("conditions")
 
-    Raises `ConfigError` where their number is not that of the prompts.
-    """
-    embeds, texts = asked.negative_prompt_embeds, asked.negative_prompt
-    if embeds is None:
-        texts = sampler.negative_prompt if texts is None else texts
-        texts = [texts] if isinstance(texts, str) else texts
-        embeds = pad_sequence([pipe.encode_prompt(text)[0] for text in texts], batch_first=True)
-    if len(embeds) == 1:
-        return embeds
-    prompts = len(prompts_of(asked.prompt) if asked.prompt_embeds is None else asked.prompt_embeds)
-    if len(embeds) != prompts:
-        raise ConfigError(f"{len(embeds)} negative prompts for {prompts} prompts: give one, or one for each")
-    return embeds.repeat_interleave(asked.num_videos_per_prompt, 0)
+
+@CONDITIONS.register("prompt")
+def prompt(call: Conditioning, value: Any) -> None:
+    """Texts and schedules of texts, a video each."""
+    encoders, repeats = call.encoders, call.asked.num_videos_per_prompt
+    shape, size, fps = encoders.vae_shape, encoders.frames_per_chunk, encoders.fps
+    call.lines = [timeline(one, shape, size, fps) for one in prompts_of(value) for _ in range(repeats)]
+    encoded = {text: encoders.text(text)[0] for line in call.lines for text in line.values()}
+    for start in sorted({start for line in call.lines for start in line}):
+        now = [text_at(line, start) for line in call.lines]
+        embeds = pad_sequence([encoded[text] for text in now], batch_first=True)  # [B, n, text_dim]
+        call.parts[start] = Prompts(embeds.to(**encoders.place), call.negative)
+        if start and len(set(now)) == 1:  # a batch of schedules would say too much
+            log.info("from %.2f s (chunk %d): %s", shape.frames(size * start) / fps, start, now[0])
+
+
+@CONDITIONS.register("prompt_embeds")
+def prompt_embeds(call: Conditioning, value: torch.Tensor) -> None:
+    """Embeddings [prompts, n, text_dim] in place of texts."""
+    repeats = call.asked.num_videos_per_prompt
+    call.lines = [{0: f"embeds {number}"} for number in range(len(value)) for _ in range(repeats)]
+    call.parts[0] = Prompts(value.repeat_interleave(repeats, 0).to(**call.encoders.place), call.negative)
+
+
+@CONDITIONS.register("image")
+def image(call: Conditioning, value: Any) -> None:
+    """The first frame: held for one chunk."""
+    video(call, value if isinstance(value, list) else [value])
+
+
+@CONDITIONS.register("video")
+def video(call: Conditioning, value: Any) -> None:
+    """Frames to go on from: as many of the last ones as fill whole chunks; less than a chunk is filled up in front with
+    copies of its first frame."""
+    encoders, shape, size = call.encoders, call.encoders.vae_shape, call.encoders.frames_per_chunk
+    try:
+        pixels = encoders.pixels(value)  # [1 or B, 3, F, H, W]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"video is of type {type(value).__name__}: expected images or frames as floats in 0..1 "
+                          f"({error})") from error  # fmt: skip
+    chunks = max(1, (1 + (pixels.shape[2] - 1) // shape.temporal_stride) // size)
+    missing = max(0, shape.frames(size) - pixels.shape[2])
+    first = pixels[:, :, :1].expand(-1, -1, missing, -1, -1)
+    pixels = torch.cat([first, pixels], dim=2)[:, :, -shape.frames(chunks * size) :]
+    if len(call.lines) % len(pixels):
+        raise ConfigError(f"{len(pixels)} given videos for {len(call.lines)}: give one, or one for each prompt")
+    latents = encoders.latents(pixels).repeat_interleave(len(call.lines) // len(pixels), 0)
+    call.given = list(latents.split(size, dim=2))

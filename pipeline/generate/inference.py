@@ -23,21 +23,15 @@ from model.cache.cache import CACHES
 from model.causal_wan import CausalWanModel
 from model.geometry import ChunkGeometry
 from model.weights import content_hash
-from pipeline.bundle import (
-    VAEShape,
-    load_scheduler,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    pipeline_settings,
-    place,
-    transformer_settings,
-)
+from pipeline.bundle import pipeline_settings, transformer_settings
 from pipeline.data.schedule import texts
+from pipeline.generate.chunks import NotFiniteError
 from pipeline.generate.jobs import Job, resolved
-from pipeline.generate.pipeline import NotFiniteError, PackForcingPipeline
+from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import check_commit
-from pipeline.sources import bundle_folder, loras, transformer_source
+from pipeline.load import load_scheduler, load_text_encoder, load_transformer, load_vae, place
+from pipeline.sources import bundle_part, loras, transformer_source
+from pipeline.vae_shape import VAEShape
 from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError
 from utils.video import VideoWriter
@@ -109,7 +103,7 @@ def check_cache(config: Config, vae: VAEShape) -> None:
 def weight_hashes(config: Config) -> dict[str, str]:
     """SHA-256 of the weights a video depends on (the text encoder's, many times larger, are left to the path)."""
     log.info("hashing the weights")
-    hashes = {"vae": content_hash(bundle_folder(config) / "vae")}
+    hashes = {"vae": content_hash(bundle_part(config, "vae"))}
     for number, (path, scale) in enumerate(loras(config)):
         hashes[f"lora{number}"] = f"{content_hash(path)} x {scale:g}"
     if config.model.random_init:

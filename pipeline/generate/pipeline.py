@@ -10,16 +10,14 @@ Everything that generates goes through `stream`: the command line, evaluation, s
 """
 
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import WanLoraLoaderMixin
@@ -30,13 +28,18 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import VAEShape, flow_shift, load_transformer, place, read_scheduler
+from pipeline.bundle import read_json
 from pipeline.data.schedule import Prompt
-from pipeline.generate.conditioning import Conditioning, prompts_of
+from pipeline.data.vae_clip import normalise
+from pipeline.generate.arguments import CALLBACK_INPUTS, check_arguments, sampler_of
+from pipeline.generate.chunks import Chunk, decoded, joined
+from pipeline.generate.conditioning import Conditioning, Encoders
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.load import flow_shift, load_transformer, place, read_scheduler
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
+from pipeline.vae_shape import VAEShape
 from utils.config import (
     CacheConfig,
     CacheKind,
@@ -48,36 +51,10 @@ from utils.config import (
     VideoConfig,
 )
 from utils.load_config import section
-from utils.video import to_uint8
 
 # A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
 UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig("identity"))
 log = logging.getLogger(__name__)
-OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
-
-
-class NotFiniteError(RuntimeError):
-    """A chunk of NaN or infinite numbers."""
-
-    exit_status = 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What `stream` yields.
-
-    Attributes:
-        index: number of the chunk.
-        frames: its pixel frames, as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"), [B, F, 3, H, W] in 0..1 ("pt"),
-            uint8 [B, F, H, W, 3] ("uint8"), B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
-        latents: [B, C, F, H, W], normalised, float32.
-        report: tokens and bytes of each part of the cache for the next chunk (`PackCache.report`).
-    """
-
-    index: int
-    frames: Any
-    latents: torch.Tensor
-    report: dict[str, dict[str, int]]
 
 
 class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -91,7 +68,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = CALLBACK_INPUTS
 
     def __init__(
         self,
@@ -127,13 +104,20 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         `checkpoint` takes the place of the folder's transformer: whatever `model.checkpoint` may name, a `.pt` file of
         Self-Forcing's kind too, of which `use_ema` picks the averaged weights. `options` are diffusers'; components
-        given by name take the place of the folder's. A hub id is downloaded whole. Raises `CheckpointError`.
+        given by name take the place of the folder's. Where its model_index.json names a `_base`, the parts that it
+        lacks are those of that folder. A hub id is downloaded whole. Raises `CheckpointError`.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
-        index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+        index = read_json(folder / cls.config_name)
         plain = index["transformer"][1] != CausalWanModel.__name__
+        if "_base" in index:
+            own = {name: index[name] for name in ("cache", "sampler", "video") if name in index}
+            if checkpoint is None:
+                options.setdefault("transformer", CausalWanModel.from_pretrained(
+                    folder / "transformer", torch_dtype=options.get("torch_dtype")))  # fmt: skip
+            return cls.from_pretrained(folder / index["_base"], checkpoint, use_ema, **{**own, **options})
         if options.get("transformer") is None and (plain or checkpoint is not None):
             settings = {name: options.get(name) or index.get(name) for name in ("cache", "video")}
             cache = UNTRAINED_CACHE if settings["cache"] is None else section(CacheConfig, "cache", settings["cache"])
@@ -187,6 +171,12 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         for prompt in prompts:
             self._encoded[prompt] = self.encode_prompt(prompt)
 
+    @torch.no_grad()
+    def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, 1 + 4n, H, W] in -1..1 -> normalised latents [B, C, 1 + n, H / 8, W / 8], the posterior's mean."""
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        return normalise(self.vae, self.vae.encode(pixels).latent_dist.mode())
+
     def num_chunks(self, num_frames: int) -> int:
         """Chunks that hold at least `num_frames` pixel frames."""
         return math.ceil(self.vae_shape.latent_frames(num_frames) / self.transformer.config.frames_per_chunk)
@@ -215,6 +205,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         samples: Sequence[int] | None = None,
         cache: dict[str, Any] | CacheConfig | None = None,
         noise: NoiseSource | None = None,
+        image: Any = None,
+        video: Any = None,
+        conditions: dict[str, Any] | None = None,
     ) -> WanPipelineOutput | tuple:
         """Generate whole videos. Arguments are those of diffusers' `WanPipeline`; None: what the pipeline says.
 
@@ -231,6 +224,10 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             samples: those numbers, one a video, in place of 0, 1, ... for each prompt.
             cache: settings to change for this call, `{"top_k": 4}`, or all of them.
             noise: source of all noise by (chunk, step, shape), in place of `seed` and `generator`.
+            image, video: what the videos begin with, one or one for each prompt, as diffusers' `VideoProcessor` takes
+                it: an image, held for a chunk, or frames, of which the last whole chunks are taken. They are the first
+                chunks of the result.
+            conditions: values of further `CONDITIONS` by name.
 
         Returns:
             `.frames`, or a tuple of them, as `Chunk.frames` for whole videos.
@@ -240,13 +237,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             NotFiniteError: a chunk of NaN or infinite numbers.
         """
         arguments = SimpleNamespace(**{key: value for key, value in locals().items() if key != "self"})
-        pieces = [chunk.frames for chunk in self.progress_bar(self._stream(arguments))]
-        if output_type == "pil":
-            frames = [sum(parts, []) for parts in zip(*pieces, strict=True)]
-        elif output_type == "latent":
-            frames = torch.cat(pieces, dim=2)
-        else:
-            frames = torch.cat(pieces, 1) if output_type == "pt" else np.concatenate(pieces, 1)
+        frames = joined(self.progress_bar(self._stream(arguments)), output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
@@ -263,19 +254,29 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return SimpleNamespace(**bound.arguments)
 
     def _rollout_of(self, asked: SimpleNamespace) -> tuple[Rollout, Conditioning, int]:
-        """The rollout of a call, its text and how many chunks it is to make."""
-        self._check(asked)
-        video, length, sampler = self.video_config, asked.num_frames, self._sampler(asked)
+        """The rollout of a call, what it is conditioned on and how many chunks there are to be."""
+        video, model, stride = self.video_config, self.transformer.config, self.vae_shape.spatial_stride
+        check_arguments(asked, video, stride * model.patch_size[-1], model.text_len, model.text_dim)
+        length, sampler = asked.num_frames, sampler_of(asked, self.sampler_config)
         if length is None and asked.seconds is None:
             length = self.vae_shape.frames(video.trained_frames)
         elif length is None:
             length = math.ceil(asked.seconds * video.fps)
-        conditioning, chunks = Conditioning.of(self, asked, sampler), self.num_chunks(length)
-        cache = self.make_cache(asked.height or video.height, asked.width or video.width, asked.cache)
-        size = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
-        noise = conditioning.noise(asked, (self.transformer.config.in_channels, *size))
-        decoded = asked.output_type != "latent" or cache.needs_pixels
-        place = {"device": self._execution_device, "decoder": StreamingDecoder(self.vae) if decoded else None}
+        size, chunks = (asked.height or video.height, asked.width or video.width), self.num_chunks(length)
+        encoders = Encoders(
+            self.encode_prompt, lambda frames: self.video_processor.preprocess_video(frames, *size), self.encode_video,
+            self.vae_shape, model.frames_per_chunk, video.fps,
+            {"device": self._execution_device, "dtype": self.transformer.dtype},
+        )  # fmt: skip
+        conditioning = Conditioning(asked, encoders, sampler)
+        if len(conditioning.given) >= chunks:
+            raise ConfigError(f"the given frames fill {len(conditioning.given)} chunks: ask for a video of more than "
+                              f"{chunks}, which includes them")  # fmt: skip
+        cache = self.make_cache(*size, asked.cache)
+        shape = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
+        noise = conditioning.noise((model.in_channels, *shape))
+        needs_decoder = asked.output_type != "latent" or cache.needs_pixels
+        place = {"device": self._execution_device, "decoder": StreamingDecoder(self.vae) if needs_decoder else None}
         rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
         if asked.callback_on_step_end is not None:
             rollout.on_step_end = self._step_callback(rollout, asked)
@@ -285,31 +286,21 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
         self._rollout, conditioning, chunks = self._rollout_of(asked)
         rollout = self._rollout
+
+        def made() -> Iterator[tuple[int, torch.Tensor]]:
+            for index, latents in enumerate(conditioning.given):
+                rollout.commit(latents)
+                yield index, latents
+            yield from rollout.run(chunks - len(conditioning.given))
+
         try:
-            for chunk in self._decoded(rollout, chunks, asked.num_frames, asked.output_type):
+            for chunk in decoded(rollout, made(), asked.output_type, asked.num_frames):
                 yield chunk
                 if chunk.index + 1 in conditioning.parts:
                     rollout.switch(conditioning.parts[chunk.index + 1])
         finally:
             self._rollout = None
             self.maybe_free_model_hooks()
-
-    def _decoded(self, rollout: Rollout, total: int, wanted: int | None, output_type: str) -> Iterator[Chunk]:
-        """Run the rollout; `wanted`: pixel frames after which the last chunk is cut."""
-        made = 0
-        for index, latents in rollout.run(total):
-            self._require_finite(index, latents, "latents", rollout)
-            frames = latents
-            if output_type != "latent":
-                pixels = rollout.pixels  # [B, 3, F, H, W]
-                self._require_finite(index, pixels, "pixels", rollout)
-                pixels = pixels if wanted is None else pixels[:, :, : wanted - made]
-                made += pixels.shape[2]
-                if output_type == "uint8":  # as files hold it, rounded once
-                    frames = np.stack([to_uint8(clip) for clip in pixels])
-                else:
-                    frames = self.video_processor.postprocess_video(pixels, output_type)
-            yield Chunk(index, frames, latents, rollout.cache.report())
 
     def make_cache(self, height: int, width: int, cache: dict[str, Any] | CacheConfig | None = None) -> PackCache:
         """An empty cache for videos of a size. Raises `ConfigError` for settings that fit neither model nor size."""
@@ -324,53 +315,6 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _sampler(self, asked: SimpleNamespace) -> SamplerConfig:
-        sampler, steps = self.sampler_config, asked.num_inference_steps
-        if steps is not None and sampler.kind == "few_step" and steps != len(sampler.steps):
-            raise ConfigError(
-                f"num_inference_steps is {steps}: this model was distilled for the {len(sampler.steps)} steps "
-                f"{sampler.steps}; leave it out, or load the pipeline with sampler={{'kind': 'euler'}}"
-            )
-        guidance = None if asked.guidance_scale is None else max(1.0, asked.guidance_scale)
-        changes = {"num_steps": steps, "guidance": guidance}
-        return replace(sampler, **{key: value for key, value in changes.items() if value is not None})
-
-    def _check(self, asked: SimpleNamespace) -> None:
-        """Raise `ConfigError` for arguments that do not fit each other or the model."""
-        unit, video = self.vae_shape.spatial_stride * self.transformer.config.patch_size[-1], self.video_config
-        height, width = asked.height or video.height, asked.width or video.width
-        if height % unit or width % unit:
-            raise ConfigError(f"height and width are {height} and {width}: must be multiples of {unit} px")
-        if (height, width) != (video.height, video.width):
-            trained = f"{video.height}x{video.width}"
-            log.warning("the model was trained on %s, not on %dx%d: expect worse videos", trained, height, width)
-        for first, second in (("prompt", "prompt_embeds"), ("num_frames", "seconds"), ("seed", "generator")):
-            if getattr(asked, first) is not None and getattr(asked, second) is not None:
-                raise ConfigError(f"{first} and {second} are both given: leave one out")
-        if asked.prompt is None and asked.prompt_embeds is None:
-            raise ConfigError("neither prompt nor prompt_embeds is given")
-        for name in ("num_frames", "seconds", "num_videos_per_prompt", "num_inference_steps"):
-            value = getattr(asked, name)
-            whole = isinstance(value, int) or name == "seconds"
-            if value is not None and not (whole and 0 < value < math.inf):
-                raise ConfigError(f"{name} is {value}: must be a positive {'number' if whole else 'whole number'}")
-        width, longest = self.transformer.config.text_dim, self.transformer.config.text_len
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            value = getattr(asked, name)
-            if value is not None and (value.ndim != 3 or value.shape[1] > longest or value.shape[2] != width):
-                raise ConfigError(f"{name} is {list(value.shape)}: must be [videos, at most {longest}, {width}]")
-        if asked.output_type not in OUTPUT_TYPES:
-            raise ConfigError(f"output_type is {asked.output_type}: expected one of {', '.join(OUTPUT_TYPES)}")
-        if asked.samples is not None and asked.prompt is not None:
-            videos = len(prompts_of(asked.prompt)) * asked.num_videos_per_prompt
-            if len(asked.samples) != videos:
-                raise ConfigError(f"samples has {len(asked.samples)} numbers: give one for each of the {videos} videos")
-        for name in asked.callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                raise ConfigError(
-                    f"callback_on_step_end_tensor_inputs has {name}: expected some of {self._callback_tensor_inputs}"
-                )
-
     def _step_callback(self, rollout: Rollout, asked: SimpleNamespace) -> StepCallback:
         def call(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
             prompts = rollout.prompts
@@ -383,16 +327,3 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             return changed.get("latents", latents)
 
         return call
-
-    def _require_finite(self, index: int, tensor: torch.Tensor, what: str, rollout: Rollout) -> None:
-        if tensor.isfinite().all():
-            return
-        if what == "pixels":
-            part = "the VAE or its dtype: the latents are finite"
-        elif not rollout.embeds.isfinite().all():
-            part = "the text encoder or its dtype: the prompt's embeddings are not finite"
-        elif not all(weight.isfinite().all() for weight in self.transformer.parameters() if not weight.is_meta):
-            part = "the transformer's weights, which are not all finite"
-        else:
-            part = f"sampler.guidance={rollout.sampler.guidance}, the dtype or an untrained checkpoint"
-        raise NotFiniteError(f"chunk {index}: its {what} are NaN or infinite; the likely part is {part}")

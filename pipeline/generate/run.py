@@ -10,13 +10,14 @@ import diffusers
 import transformers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.bundle import VAEShape, check_bundle, vae_shape
+from pipeline.bundle import check_bundle, vae_shape
 from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import timeline
 from pipeline.fit import check_memory
 from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, resolve_runtime, weight_hashes
 from pipeline.generate.jobs import check_output_folder, is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
+from pipeline.vae_shape import VAEShape
 from utils.config import Config, ConfigError
 from utils.distributed import barrier, from_all, join_world, leave_world
 from utils.lock import locked

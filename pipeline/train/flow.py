@@ -16,11 +16,12 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
-from pipeline.bundle import random_model, transformer_settings, vae_shape_of
+from pipeline.bundle import transformer_settings, vae_shape_of
 from pipeline.data.latents import LatentData
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import check_cache
 from pipeline.generate.rollout import Prompts
+from pipeline.load import random_model
 from pipeline.sources import vae_folder
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss

@@ -14,19 +14,13 @@ from torch import nn
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
-from pipeline.bundle import (
-    pipeline_settings,
-    random_model,
-    read_shape,
-    transformer_settings,
-    vae_shape_of,
-    write_model_index,
-)
+from pipeline.bundle import pipeline_settings, read_shape, transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, check_commit, prompt_noise
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.generate.vae_stream import StreamingDecoder
+from pipeline.load import random_model
 from pipeline.sources import need_folder, vae_folder
 from pipeline.text import check_heads
 from pipeline.train.export import save_exported, swapped_in

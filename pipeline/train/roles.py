@@ -13,17 +13,9 @@ from model.attention import best_backend, prepare_for_cpu
 from model.block import CausalWanBlock
 from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
 from model.weights import CheckpointError, cast_weights
-from pipeline.bundle import (
-    load_library_model,
-    load_mapped,
-    load_transformer,
-    random_model,
-    read_json,
-    read_shape,
-    transformer_settings,
-    vae_shape_of,
-)
+from pipeline.bundle import read_json, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.inference import check_cache
+from pipeline.load import load_library_model, load_mapped, load_transformer, random_model
 from pipeline.sources import need_folder, transformer_source, vae_folder
 from pipeline.train.parallel import keeps_attention
 from pipeline.train.text import TextConditioning

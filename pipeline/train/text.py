@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from pipeline.bundle import load_mapped, load_tokenizer
 from pipeline.data.prompts import data_prompts, fixed_prompts
 from pipeline.data.text import TextEmbeddings
+from pipeline.load import load_mapped, load_tokenizer
 from pipeline.sources import need_folder
 from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.export import save_exported
