@@ -27,7 +27,7 @@ from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, LayerMemory
-from model.compressor import COMPRESSORS, low_res_tokens
+from model.compressor import COMPRESSORS, embedded_tokens
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, MidTokens, SmallFrame, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
@@ -297,7 +297,9 @@ class CausalWanModel(WanTransformer3DModel):
         if kind.needs_pixels:
             if low_res is None:
                 raise ValueError("the compressor looks at pixels: give low_res")
-            branches.append(low_res_tokens(self.patch_embedding, low_res, context.cache.mid_grid))
+            branches.append(embedded_tokens(self.patch_embedding, low_res, context.cache.mid_grid))
+        if kind.pools_tokens:
+            branches.append(embedded_tokens(self.patch_embedding, latents, context.cache.mid_grid))
         return sum(branches)
 
     def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:

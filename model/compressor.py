@@ -1,7 +1,8 @@
 """Compressors of aged chunks: clean latents -> hidden tokens on a small grid (PackForcing, section 3.3).
 
 Two branches: HR, trained convolutions on the latents; LR, training-free: decoded pixels, averaged and encoded by the
-frozen VAE, through the DiT's own patch embedding. A kind has one of them, or both, added.
+frozen VAE, through the DiT's own patch embedding. A kind has one of them, or both, added. Ours
+is `pooled`, training-free too, which averages after the patch embedding and needs no VAE.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,16 @@ class Compressor(nn.Module):
     Attributes:
         trainable: has the HR branch, whose weights are the model's `pack_compressor`.
         needs_pixels: has the LR branch.
+        pools_tokens: averages the chunk's own patch embedding.
         halves_time: two latent frames become one compressed frame.
     """
 
-    trainable = needs_pixels = halves_time = False
+    trainable = needs_pixels = pools_tokens = halves_time = False
+
+    @classmethod
+    def makes_tokens(cls) -> bool:
+        """Whether there are hidden tokens, from which K, V are to be made."""
+        return cls.trainable or cls.needs_pixels or cls.pools_tokens
 
     @classmethod
     def grid(cls, geometry: ChunkGeometry, channels: Sequence[int]) -> tuple[int, int, int]:
@@ -110,6 +117,13 @@ class LRSpatial(LR):
     halves_time = False
 
 
+@COMPRESSORS.register("pooled")
+class Pooled(Compressor):
+    """The DiT's patch embedding of the latents, averaged to the grid: runs on any generator, without a VAE."""
+
+    pools_tokens = True
+
+
 @COMPRESSORS.register("dual")
 class Dual(HRSpatiotemporal):
     """The paper's two branches: `hr_spatiotemporal` + `lr`."""
@@ -124,10 +138,10 @@ class DualSpatial(HRSpatial):
     needs_pixels = True
 
 
-def low_res_tokens(patch_embedding: nn.Module, low_res: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """The LR branch: latents [B, C, f, h, w] of averaged pixels -> hidden tokens of the grid [B, f*h'*w', dim], without
-    gradient."""
-    return _tokens(patch_embedding(low_res.to(patch_embedding.weight.dtype)), grid).detach()
+def embedded_tokens(patch_embedding: nn.Module, latents: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """`pooled`, or of averaged pixels the LR branch: latents [B, C, f, h, w] -> hidden tokens of the grid
+    [B, f*h'*w', dim], without gradient."""
+    return _tokens(patch_embedding(latents.to(patch_embedding.weight.dtype)), grid).detach()
 
 
 def _tokens(hidden: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:

@@ -51,7 +51,7 @@ class ChunkContext:
         self.archived = cache.archived
         self.num_selected = min(len(self.archived), layout.top_k)
         self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
-        self.uses_compressor = layout.top_k > 0 and (cache.compressor.trainable or cache.compressor.needs_pixels)
+        self.uses_compressor = layout.top_k > 0 and cache.compressor.makes_tokens()
         self.trains_compressor = layout.top_k > 0 and cache.compressor.trainable
         self.forwards = config.compressor.kv == CompressedKV.forward
         self.keeps_history = False

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.train import consistency, dmd, flow, ode, vae  # noqa: F401 - each registers its own
+from pipeline.train import compressor, consistency, dmd, flow, ode, vae  # noqa: F401 - each registers its own
 from pipeline.train.method import METHODS, Stage
 from utils.config import Config, ConfigError
 from utils.distributed import World
