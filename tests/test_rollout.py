@@ -30,7 +30,8 @@ def generate(sampler, texts=("a",), samples=None, seed=0, num_chunks=CHUNKS, con
     noise = prompt_noise(seed, list(texts), samples or [0] * len(texts))
     cache = toy_cache(model, config or toy_config())
     rollout = Rollout(model, cache, sampler, Prompts(embeds, negative), noise, **options)
-    return torch.cat([latents for _, latents in rollout.run(num_chunks)], dim=2), rollout
+    pieces = [latents for _, latents in rollout.run(num_chunks)]
+    return torch.cat(pieces, dim=2) if pieces else None, rollout
 
 
 class ByHand:
@@ -157,7 +158,7 @@ def test_a_rollout_can_be_continued():
     assert torch.equal(torch.cat(rest, dim=2), video[:, :, 6:])
 
 
-def test_chunks_come_one_by_one():
+def test_a_chunk_comes_before_its_commit():
     model = toy_model()
     rollout = Rollout(
         model, toy_cache(model, toy_config()), few_step(), Prompts(toy_prompt()), prompt_noise(0, ["a"], [0])
@@ -166,9 +167,31 @@ def test_chunks_come_one_by_one():
     for expected in range(3):
         index, latents = next(chunks)
         assert index == expected and latents.shape == (1, *SHAPE)
-        assert rollout.cache.num_chunks == expected + 1
+        assert rollout.cache.num_chunks == expected and rollout.index == expected + 1
+    rollout.settle()
+    assert rollout.cache.num_chunks == rollout.index == 3
     with pytest.raises(StopIteration):
         next(chunks)
+    assert rollout.cache.num_chunks == 3
+
+
+def test_whatever_comes_next_finds_the_chunk_committed():
+    expected, _ = generate(few_step(), num_chunks=3)
+    _, rollout = generate(few_step(), num_chunks=0)
+    first = next(rollout.run(2))[1]
+    second = next(rollout.run(2))[1]  # another run
+    torch.testing.assert_close(torch.cat([first, second], dim=2), expected[:, :, :6], atol=0, rtol=0)
+    with torch.no_grad():
+        rollout.commit(expected[:, :, 6:])  # given latents
+    assert rollout.cache.num_chunks == 3
+    next(rollout.run(1))
+    rollout.switch(rollout.prompts)
+    assert rollout.cache.num_chunks == 4
+
+
+def test_a_last_chunk_that_nothing_reads_has_no_commit():
+    _, rollout = generate(few_step(), num_chunks=0)
+    assert len(list(rollout.run(3, commit_last=False))) == 3 and rollout.cache.num_chunks == 2
 
 
 def test_noise_depends_on_its_key_alone():

@@ -94,6 +94,7 @@ def test_a_noisy_chunk_attends_what_it_would_at_inference(root, monkeypatch, cac
             on_step_end=replace,
         )  # fmt: skip
         for chunk, _ in rollout.run(7):
+            rollout.settle()
             step[0], rollout.prompts = 0, embeds[min(chunk + 1, 6)]
     assert len(calls) == len(in_training) == 7 * 2
     for (where, tokens), (wanted, wanted_tokens) in zip(in_training, calls, strict=True):

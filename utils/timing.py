@@ -7,6 +7,7 @@
 
 import resource
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -64,9 +65,14 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, memory: bool = False):
         self.device, self.memory = device, memory
-        self._running: list[_Part] = []  # outermost first
+        self._by_thread = threading.local()
         self._hooks: list[RemovableHandle] = []
         self.clear()
+
+    @property
+    def _running(self) -> list["_Part"]:
+        """Of this thread, outermost first."""
+        return self._by_thread.__dict__.setdefault("parts", [])
 
     def clear(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

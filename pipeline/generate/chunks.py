@@ -1,14 +1,18 @@
 """Chunks of a video as they are handed out: decoded, checked, in the form that was asked for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers.video_processor import VideoProcessor
 
 from pipeline.generate.rollout import Rollout
+from pipeline.generate.vae_stream import StreamingDecoder
+from utils.ahead import used_beside
+from utils.timing import part
 from utils.video import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "pt", "uint8", "latent")
@@ -29,7 +33,7 @@ class Chunk:
         frames: its pixel frames, as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"), [B, F, 3, H, W] in 0..1 ("pt"),
             uint8 [B, F, H, W, 3] ("uint8"), B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
         latents: [B, C, F, H, W], normalised, float32.
-        report: tokens and bytes of each part of the cache for the next chunk (`PackCache.report`).
+        report: tokens and bytes of each part of the cache that the chunk attended (`PackCache.report`).
     """
 
     index: int
@@ -38,24 +42,49 @@ class Chunk:
     report: dict[str, dict[str, int]]
 
 
+class _Made(NamedTuple):
+    """A chunk on its way to its frames; `pixels` where the cache wanted them."""
+
+    index: int
+    latents: torch.Tensor
+    pixels: torch.Tensor | None
+    report: dict[str, dict[str, int]]
+
+
 def decoded(
-    rollout: Rollout, made: Iterable[tuple[int, torch.Tensor]], output_type: str, wanted: int | None
-) -> Iterator[Chunk]:
-    """What the rollout has made, cut after `wanted` pixel frames. Raises `NotFiniteError`."""
+    rollout: Rollout, made: Generator[tuple[int, torch.Tensor]], decoder: StreamingDecoder | None, output_type: str,
+    wanted: int | None, overlap: bool,
+) -> Iterator[Chunk]:  # fmt: skip
+    """What the rollout has made, cut after `wanted` pixel frames. Raises `NotFiniteError`.
+
+    `overlap`: the next chunk is made meanwhile.
+    """
     processor, done = VideoProcessor(), 0
-    for index, latents in made:
+
+    @torch.no_grad()
+    def chunks() -> Iterator[_Made]:
+        with closing(made):
+            for index, latents in made:
+                yield _Made(index, latents, rollout.pixels, rollout.cache.report())
+
+    def frames(chunk: _Made) -> Any:
+        nonlocal done
+        index, latents, pixels, _ = chunk
         _require_finite(index, latents, "latents", rollout)
-        frames = latents
-        if output_type != "latent":
-            pixels = rollout.pixels  # [B, 3, F, H, W]
-            _require_finite(index, pixels, "pixels", rollout)
-            pixels = pixels if wanted is None else pixels[:, :, : wanted - done]
-            done += pixels.shape[2]
-            if output_type == "uint8":  # as files hold it, rounded once
-                frames = np.stack([to_uint8(clip) for clip in pixels])
-            else:
-                frames = processor.postprocess_video(pixels, output_type)
-        yield Chunk(index, frames, latents, rollout.cache.report())
+        if output_type == "latent":
+            return latents
+        if pixels is None:
+            with part("decode"):
+                pixels = decoder.decode(latents)  # [B, 3, F, H, W]
+        _require_finite(index, pixels, "pixels", rollout)
+        pixels = pixels if wanted is None else pixels[:, :, : wanted - done]
+        done += pixels.shape[2]
+        if output_type == "uint8":  # as files hold it, rounded once
+            return np.stack([to_uint8(clip) for clip in pixels])
+        return processor.postprocess_video(pixels, output_type)
+
+    for chunk, shown in used_beside(chunks(), frames, overlap):
+        yield Chunk(chunk.index, shown, chunk.latents, chunk.report)
 
 
 def joined(chunks: Iterable[Chunk], output_type: str) -> Any:

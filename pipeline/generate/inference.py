@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.generate.rollout import check_commit
 from pipeline.load import load_scheduler, load_text_encoder, load_transformer, load_vae, place
 from pipeline.sources import bundle_part, loras, transformer_source
 from pipeline.vae_shape import VAEShape
+from utils.ahead import ahead
 from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError
 from utils.video import VideoWriter
@@ -177,21 +179,23 @@ class VideoMaker:
         config, video = job.config, job.config.video
         start, report, chunks = time.perf_counter(), {}, 0
         frames = self.pipe.vae_shape.frames(config.inference.num_output_frames)
+        stream = self.pipe.stream(
+            prompt=[job.prompt],
+            negative_prompt=config.sampler.negative_prompt,
+            seed=config.seed,
+            samples=[job.sample],
+            num_frames=frames,
+            output_type="uint8",
+        )
         with (
             VideoWriter(job.video, video.fps, video.height, video.width) as writer,
+            closing(ahead(stream) if self.pipe.overlap else stream) as decoded,
             tqdm(
                 total=self.pipe.num_chunks(frames), desc=job.video.stem[:32], unit="chunk", dynamic_ncols=True,
                 disable=not show_progress,
             ) as progress,
         ):  # fmt: skip
-            for chunk in self.pipe.stream(
-                prompt=[job.prompt],
-                negative_prompt=config.sampler.negative_prompt,
-                seed=config.seed,
-                samples=[job.sample],
-                num_frames=frames,
-                output_type="uint8",
-            ):
+            for chunk in decoded:
                 stop_if_asked()
                 writer.append(chunk.frames[0])
                 report, chunks = chunk.report, chunks + 1
@@ -228,7 +232,7 @@ class VideoMaker:
 
 
 def describe_cache(report: dict[str, dict[str, int]]) -> str:
-    """`27768 tokens, 5.12 GB`: what the next chunk attends."""
+    """`27768 tokens, 5.12 GB`: what a chunk attended."""
     parts = [report[name] for name in ("sink", "mid", "recent")]
     tokens, size = (sum(part[key] for part in parts) for key in ("tokens", "bytes"))
     return f"{tokens} tokens, {size / 1e9:.2f} GB" if size >= 1e8 else f"{tokens} tokens, {size / 1e6:.3g} MB"

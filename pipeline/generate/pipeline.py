@@ -68,6 +68,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    overlap = True  # the next chunk is made, in another thread, while one is decoded
     _callback_tensor_inputs = CALLBACK_INPUTS
 
     def __init__(
@@ -241,20 +242,25 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
-        """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video."""
+        """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video.
+
+        The next chunk is made meanwhile: callbacks are called in its thread.
+        """
         return self._stream(self._asked(*arguments, **options))
 
     def rollout(self, *arguments: Any, **options: Any) -> Rollout:
         """The rollout behind a call with these arguments, at its start: to commit given latents, or to time it."""
-        return self._rollout_of(self._asked(*arguments, **options))[0]
+        rollout, _, _, decoder = self._rollout_of(self._asked(*arguments, **options))
+        rollout.decoder = decoder
+        return rollout
 
     def _asked(self, *arguments: Any, **options: Any) -> SimpleNamespace:
         bound = inspect.signature(self.__call__).bind(*arguments, **options)
         bound.apply_defaults()
         return SimpleNamespace(**bound.arguments)
 
-    def _rollout_of(self, asked: SimpleNamespace) -> tuple[Rollout, Conditioning, int]:
-        """The rollout of a call, what it is conditioned on and how many chunks there are to be."""
+    def _rollout_of(self, asked: SimpleNamespace) -> tuple[Rollout, Conditioning, int, StreamingDecoder | None]:
+        """The rollout of a call, what it is conditioned on, how many chunks there are to be and what decodes them."""
         video, model, stride = self.video_config, self.transformer.config, self.vae_shape.spatial_stride
         check_arguments(asked, video, stride * model.patch_size[-1], model.text_len, model.text_dim)
         length, sampler = asked.num_frames, sampler_of(asked, self.sampler_config)
@@ -275,29 +281,31 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         cache = self.make_cache(*size, asked.cache)
         shape = cache.geometry.frames * chunks, cache.geometry.latent_height, cache.geometry.latent_width
         noise = conditioning.noise((model.in_channels, *shape))
-        needs_decoder = asked.output_type != "latent" or cache.needs_pixels
-        place = {"device": self._execution_device, "decoder": StreamingDecoder(self.vae) if needs_decoder else None}
+        decoder = StreamingDecoder(self.vae) if asked.output_type != "latent" or cache.needs_pixels else None
+        place = {"device": self._execution_device, "decoder": decoder if cache.needs_pixels else None}
         rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
         if asked.callback_on_step_end is not None:
             rollout.on_step_end = self._step_callback(rollout, asked)
-        return rollout, conditioning, chunks
+        return rollout, conditioning, chunks, decoder
 
     @torch.no_grad()
     def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
-        self._rollout, conditioning, chunks = self._rollout_of(asked)
-        rollout = self._rollout
+        self._rollout, conditioning, chunks, decoder = self._rollout_of(asked)
+        rollout, given, parts = self._rollout, conditioning.given, conditioning.parts
 
         def made() -> Iterator[tuple[int, torch.Tensor]]:
-            for index, latents in enumerate(conditioning.given):
-                rollout.commit(latents)
+            for index, latents in enumerate(given):
+                if index and index in parts:
+                    rollout.switch(parts[index])
+                rollout.give(latents)
                 yield index, latents
-            yield from rollout.run(chunks - len(conditioning.given))
+            yield from rollout.run(chunks - len(given), commit_last=False, parts=parts)
 
+        overlap = self.overlap and chunks > 1 and asked.output_type != "latent"
+        overlap &= not hasattr(self.vae, "_hf_hook")  # offloaded: one model at a time is on the device
+        overlap &= not torch.is_autocast_enabled(self._execution_device.type)  # which another thread has not
         try:
-            for chunk in decoded(rollout, made(), asked.output_type, asked.num_frames):
-                yield chunk
-                if chunk.index + 1 in conditioning.parts:
-                    rollout.switch(conditioning.parts[chunk.index + 1])
+            yield from decoded(rollout, made(), decoder, asked.output_type, asked.num_frames, overlap)
         finally:
             self._rollout = None
             self.maybe_free_model_hooks()

@@ -3,11 +3,12 @@
     for index, latents in Rollout(model, cache, sampler, prompts, noise).run(num_chunks):
         ...
 
-A chunk's steps and its commit share one context; nothing is written to the cache before the chunk is finished.
+A chunk's steps and its commit share one context; nothing is written to the cache before the chunk is finished. It is
+yielded first and committed when there is a next one.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,7 +61,15 @@ class _Committed(NamedTuple):
 
     latents: torch.Tensor
     low_res: torch.Tensor | None
-    timestep: torch.Tensor | None
+    timestep: torch.Tensor | None = None
+
+
+class _Pending(NamedTuple):
+    """A chunk that is yielded and not committed yet; `kv`: what its last step left, where that is committed."""
+
+    chunk: _Committed
+    context: ChunkContext
+    kv: ChunkKV | None
 
 
 @dataclass
@@ -104,7 +113,7 @@ class Rollout:
         decoder: of a video that starts where the cache does; needed where the compressor looks at pixels.
 
     Attributes:
-        pixels: of the last chunk that was committed [B, 3, 4F, 8H, 8W], in -1..1, where there is a decoder.
+        pixels: of the last chunk [B, 3, 4F, 8H, 8W], in -1..1, where there is a decoder and it is to be committed.
         mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
         timestep: of the last forward.
     """
@@ -135,6 +144,7 @@ class Rollout:
         self.decoder, self.pixels = decoder, None
         self.schedule = FlowMatchSchedule(sampler.shift)
         self.device = device or model.device
+        self._pending: _Pending | None = None
         self.prompts = prompts
         self.mid_tokens_attended = self.offset = 0  # chunks made before the cache was last emptied
         self._last: deque[_Committed] = deque(maxlen=cache.layout.recent)
@@ -147,6 +157,7 @@ class Rollout:
 
     @prompts.setter
     def prompts(self, prompts: Prompts) -> None:
+        self.settle()  # under those that it was made with
         self._prompts = prompts
         self.embeds = prompts.branches(self.sampler.guidance)
         self.batch, self.branches = len(prompts.embeds), len(self.embeds) // len(prompts.embeds)
@@ -165,11 +176,12 @@ class Rollout:
     @property
     def index(self) -> int:
         """Number of the next chunk."""
-        return self.offset + self.cache.num_chunks
+        return self.offset + self.cache.num_chunks + (self._pending is not None)
 
     def switch(self, prompts: Prompts) -> None:
         """Go on with other prompts. What becomes of the history: `cache.at_switch`."""
-        self.prompts, mode, again = prompts, self.cache.config.at_switch, list(self._last)
+        self.prompts, mode = prompts, self.cache.config.at_switch
+        again = list(self._last)
         if mode == AtSwitch.keep:
             return
         if mode == AtSwitch.recommit:
@@ -179,22 +191,35 @@ class Rollout:
             self.offset = self.index - len(again)
             self.cache.reset()
         for chunk in again:
-            self._commit(*chunk)
+            self._commit(chunk, self.cache.context())
 
-    def run(self, num_chunks: int, commit_last: bool = True) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (chunk index, finished latents [B, C, F, H, W], float32), each after its commit. Without `commit_last`
-        the last chunk has none: nothing will read it."""
+    def run(
+        self, num_chunks: int, commit_last: bool = True, parts: Mapping[int, Prompts] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (chunk index, finished latents [B, C, F, H, W], float32), each before its commit. Without `commit_last`
+        the last chunk has none: nothing will read it. `parts`: chunk -> prompts to go on with from there."""
         for number in range(num_chunks):
-            index, context = self.index, self.cache.context()
+            self.settle()
+            index = self.index
+            if index and index in (parts or {}):
+                self.switch(parts[index])
+            context, self.pixels = self.cache.context(), None
             with part("denoise"):
                 latents = self._sample(index, context)
             if commit_last or number < num_chunks - 1:
                 if self._left is None and self.sampler.commit == Commit.last_step:
                     raise RuntimeError("a hook left out a layer of the last step: set sampler.commit=forward")
-                with part("commit"):
-                    self._finish(latents.detach(), context, kv=self._left)
+                chunk = _Committed(latents.detach(), self._decode(latents.detach(), context))
+                self._pending = _Pending(chunk, context, self._left)
             self._left = None
             yield index, latents
+        self.settle()
+
+    def settle(self) -> None:
+        """Commit the chunk that `run` yielded last, as it does by itself when asked for more."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._finish(*pending)
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
         """Denoise the next chunk: [B, C, F, H, W]."""
@@ -227,22 +252,26 @@ class Rollout:
         With latents from elsewhere (a given video, a training clip) the rollout goes on from them. `timestep` [B]: in
         place of `sampler.context_timestep`.
         """
-        self._finish(latents, context or self.cache.context(), timestep)
+        self.give(latents, context, timestep)
+        self.settle()
 
-    def _finish(
-        self, latents: torch.Tensor, context: ChunkContext, timestep: torch.Tensor | None = None,
-        kv: ChunkKV | None = None,
-    ) -> None:  # fmt: skip
-        committed = _Committed(latents, self._decode(latents, context), timestep)
-        self._commit(*committed, context, kv)
-        self._last.append(committed)
+    def give(
+        self, latents: torch.Tensor, context: ChunkContext | None = None, timestep: torch.Tensor | None = None
+    ) -> None:
+        """As `commit`, but done when the next chunk is asked for, as with those that `run` yields."""
+        self.settle()
+        context = context or self.cache.context()
+        self._pending = _Pending(_Committed(latents, self._decode(latents, context), timestep), context, None)
 
-    def _commit(
-        self, latents: torch.Tensor, low_res: torch.Tensor | None, timestep: torch.Tensor | None,
-        context: ChunkContext | None = None, kv: ChunkKV | None = None,
-    ) -> None:  # fmt: skip
+    def _finish(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
+        with part("commit"):
+            self._commit(chunk, context, kv)
+        self._last.append(chunk)
+
+    def _commit(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
         """`kv`: what the chunk's last step left, in place of a forward over all of its tokens."""
-        context, noisy = context or self.cache.context(), latents
+        latents, low_res, timestep = chunk
+        noisy = latents
         if timestep is not None or self.sampler.context_timestep > 0:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
             noisy = self.schedule.add_noise(latents, self._draw(self.index, -1), timestep)
@@ -259,7 +288,7 @@ class Rollout:
         self.cache.commit(kv, context)
 
     def _decode(self, latents: torch.Tensor, context: ChunkContext) -> torch.Tensor | None:
-        """Set `pixels` of a chunk that is next to be committed, and return what the compressor needs of them."""
+        """Set `pixels` of the chunk that is next to be committed, and return what the compressor needs of them."""
         if self.decoder is None:
             return None
         with part("decode"):
