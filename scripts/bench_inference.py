@@ -6,16 +6,20 @@
 Weights are random with `model.random_init`. The cache is filled first; then `--chunks` chunks are timed.
 After each of them its *floor* runs: for every forward and layer only the matmuls (q, k, v, o, cross q, o, both ffn) and
 the self- and cross-attention calls, on tensors of the same shapes. `floor_ratio` is the median over the timed chunks of
-chunk time / floor time. Prints a table, then one line of JSON.
+chunk time / floor time. With `--videos N`, N pairs of videos of so many chunks go into mp4 files, chunks decoded and
+encoded beside the next one and before it; `overlap` is the median ratio. Prints a table, then one line of JSON.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 from utils.cli import answer_typos, config_parser, run_configured
 
@@ -39,8 +43,10 @@ from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_scheduler, load_text_encoder, load_vae
 from pipeline.text import encode_text
+from utils.ahead import ahead
 from utils.config import Config, ConfigError
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
+from utils.video import VideoWriter
 
 PARTS = ("denoise", "commit", "select_rotate", "compress")  # the last two are inside the first two
 
@@ -108,6 +114,30 @@ def vae_seconds(vae: AutoencoderKLWan, latents: torch.Tensor, chunks: int) -> fl
     return statistics.median(times[1:])
 
 
+def video_seconds(pipe: PackForcingPipeline, overlap: bool, **options) -> float:
+    """Seconds from embeddings to an mp4, with decoding and encoding beside the next chunk, or after each."""
+    video, pipe.overlap = pipe.video_config, overlap
+    stream, start = pipe.stream(output_type="uint8", **options), time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        VideoWriter(Path(folder, "video.mp4"), video.fps, video.height, video.width) as writer,
+        closing(ahead(stream) if overlap else stream) as chunks,
+    ):
+        for chunk in chunks:
+            writer.append(chunk.frames[0])
+    return time.perf_counter() - start
+
+
+def overlap_ratio(pipe: PackForcingPipeline, pairs: int, **options) -> float | None:
+    """Median over pairs of videos of the time with overlap over that without; None without pairs."""
+    ratios = []
+    for number in tqdm(range(pairs), desc="pairs of videos", leave=False):
+        order = (True, False) if number % 2 else (False, True)
+        seconds = {overlap: video_seconds(pipe, overlap, **options) for overlap in order}
+        ratios.append(seconds[True] / seconds[False])
+    return statistics.median(ratios) if ratios else None
+
+
 def text_seconds(config: Config, runtime: Runtime) -> float | None:
     """Seconds to encode one prompt; None where there is no bundle with a text encoder."""
     if config.model.bundle is None:
@@ -132,16 +162,15 @@ def largest_costs(call: Callable[[], object], device: torch.device, count: int =
     return {key[:60]: times[key] / max(sum(times.values()), 1) for key in most}
 
 
-def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False) -> dict:
+def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False, videos: int = 0) -> dict:
     """Time `chunks` chunks with the cache full; see the module's docstring."""
     runtime = resolve_runtime(config)
     device, dtype = runtime.device, runtime.dtype
     pipe = pipeline_of(config, runtime)
     model, width = pipe.transformer, pipe.transformer.config.text_dim
     embeds = torch.randn(1, min(8, model.config.text_len), width, device=device, dtype=dtype)
-    rollout = pipe.rollout(
-        prompt_embeds=embeds, negative_prompt_embeds=torch.zeros_like(embeds), seed=config.seed, output_type="latent"
-    )
+    asked = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds), "seed": config.seed}
+    rollout = pipe.rollout(output_type="latent", **asked)
     cache = rollout.cache
     fill(rollout)
     chunk_times, ratios, parts = [], [], defaultdict(list)
@@ -167,6 +196,8 @@ def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False) 
     seconds = {name: statistics.median(values) for name, values in parts.items()}
     seconds["vae"] = vae_seconds(pipe.vae, latents.to(device), vae_chunks) if vae_chunks else None
     seconds["encode"] = text_seconds(config, runtime)
+    length = pipe.vae_shape.frames(chunks * config.video.frames_per_chunk)
+    overlap = overlap_ratio(pipe, videos, num_frames=length, **asked)
     frames = config.video.frames_per_chunk * 4
     chunk_seconds = statistics.median(chunk_times)
     half = len(chunk_times) // 2
@@ -179,6 +210,7 @@ def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False) 
         "fps": frames / chunk_seconds,
         "fps_with_vae": frames / (chunk_seconds + seconds["vae"]) if seconds["vae"] else None,
         "second_half_over_first": statistics.median(chunk_times[half:]) / statistics.median(chunk_times[:half] or [1]),
+        "overlap": overlap,
         "kv": cache.report(),
         "costs": costs,
         "peak_bytes": peak_memory(device),
@@ -195,9 +227,10 @@ def print_table(result: dict) -> None:
     for name, part in result["kv"].items():
         print(f"{name:<14}{part['tokens']:>10}{part['bytes'] / 1e6:>10.1f}")
     with_vae = f", {result['fps_with_vae']:.2f} with VAE" if result["fps_with_vae"] else ""
+    overlap = f", video with overlap {result['overlap']:.3f} of the time without" if result["overlap"] else ""
     print(
         f"\n{result['device']}, {result['dtype']}: floor ratio {result['floor_ratio']:.3f}, "
-        f"{result['fps']:.2f} frames/s{with_vae}, peak {result['peak_bytes'] / 1e9:.2f} GB\n"
+        f"{result['fps']:.2f} frames/s{with_vae}, peak {result['peak_bytes'] / 1e9:.2f} GB{overlap}\n"
     )
 
 
@@ -206,7 +239,7 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
     if config.model.bundle is None and not config.model.random_init:
         raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
-    result = bench(config, arguments.chunks, arguments.vae_chunks, arguments.profile)
+    result = bench(config, arguments.chunks, arguments.vae_chunks, arguments.profile, arguments.videos)
     print_table(result)
     print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, **result}))
 
@@ -215,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = config_parser(__doc__)
     parser.add_argument("--chunks", type=int, default=12, help="timed chunks, at least 10 for a figure to report")
     parser.add_argument("--vae_chunks", type=int, default=2, help="chunks decoded to time the VAE; 0: none")
+    parser.add_argument("--videos", type=int, default=0, help="pairs of videos, decoded beside and after each chunk")
     parser.add_argument("--profile", action="store_true", help="name the three largest costs of a chunk")
     return run_configured(parser, argv, run)
 

@@ -11,6 +11,7 @@ from test_pipeline import CACHE, PROMPT, SAMPLER, VIDEO
 from model.cache.cache import PackCache
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.vae_stream import StreamingDecoder
+from scripts.bench_inference import overlap_ratio
 from utils.ahead import ahead, used_beside
 
 SCHEDULE = [{"at": 0, "prompt": PROMPT}, {"at": 0.8, "prompt": "a green shape circles over a gradient"}]
@@ -152,3 +153,8 @@ def test_under_autocast_everything_stays_in_one_thread(pipe, monkeypatch):
     monkeypatch.setattr("utils.ahead.ahead", lambda items: pytest.fail("a thread does not know of it"))
     with torch.autocast("cpu", torch.bfloat16):
         assert pipe(PROMPT, num_frames=13).frames.shape[1] == 13
+
+
+def test_what_overlap_is_worth_can_be_measured(pipe):
+    assert overlap_ratio(pipe, 2, prompt=PROMPT, num_frames=13) > 0
+    assert overlap_ratio(pipe, 0) is None
