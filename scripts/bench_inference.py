@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import answer_typos, config_parser, run_configured
+from utils.cli import answer_typos, check_positive, config_parser, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -235,8 +235,7 @@ def print_table(result: dict) -> None:
 
 
 def run(config: Config, arguments: argparse.Namespace) -> None:
-    if arguments.chunks < 1:
-        raise ConfigError(f"--chunks is {arguments.chunks}: must be at least 1")
+    check_positive(arguments, "chunks")
     if config.model.bundle is None and not config.model.random_init:
         raise ConfigError("nothing to time: set model.bundle, or model.random_init=true for random weights")
     result = bench(config, arguments.chunks, arguments.vae_chunks, arguments.profile, arguments.videos)

@@ -29,7 +29,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from utils.cli import answer_typos, config_parser, run_configured
+from utils.cli import answer_typos, check_positive, config_parser, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -105,8 +105,7 @@ def check(config: Config) -> int:
 
 
 def run(config: Config, arguments: argparse.Namespace) -> int:
-    if arguments.text_batch < 1:
-        raise ConfigError(f"--text_batch is {arguments.text_batch}: must be at least 1")
+    check_positive(arguments, "text_batch")
     if arguments.check:
         return check(config)
     if arguments.videos is None and config.data.text_embeddings is None:

@@ -87,8 +87,6 @@ def test_rows_of_different_length_and_shards_without_samples(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("clips-00000.safetensors", "", "older format: remove it and write it again with command"),
-        ("meta.json", "{}", "older format"),
         (PLAN, '{"kind": ', "plan.json is damaged"),
         (PLAN, "[]", "plan.json is damaged"),
         (PLAN, '{"kind": "text", "format": 2, "shards": 1}', "holds text in format 2, not clips"),

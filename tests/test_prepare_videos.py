@@ -24,7 +24,7 @@ from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.world import render, sample_spec
-from utils.video import VideoWriter, read_video
+from utils.video import read_video, write_video
 
 CPU, ALONE = torch.device("cpu"), World()
 HEIGHT, WIDTH = 32, 48
@@ -40,12 +40,6 @@ data: {{kind: latents, clip_frames: 5, shard_size: 2, workers: 0}}
 """
 
 
-def write_video(path, frames, fps=8):
-    path.parent.mkdir(exist_ok=True, parents=True)
-    with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
-        writer.append(frames)
-
-
 def clip(index, frames=8, height=HEIGHT, width=WIDTH):
     return render(sample_spec(0, index), frames, height, width)
 
@@ -55,13 +49,13 @@ def videos(tmp_path_factory):
     """Five usable videos, one in a folder of its own, and one each: broken, too short, without caption."""
     folder = tmp_path_factory.mktemp("videos")
     for index, name in enumerate(["a", "b", "c", "deep/d", "e"]):
-        write_video(folder / f"{name}.mp4", clip(index))
+        write_video(folder / f"{name}.mp4", clip(index), 8)
         (folder / f"{name}.txt").write_text(f"{CAPTION} {index}\n")
     (folder / "broken.mp4").write_text("no video")
     (folder / "broken.txt").write_text(CAPTION)
-    write_video(folder / "short.mp4", clip(5, frames=4))
+    write_video(folder / "short.mp4", clip(5, frames=4), 8)
     (folder / "short.txt").write_text(CAPTION)
-    write_video(folder / "silent.mp4", clip(6))
+    write_video(folder / "silent.mp4", clip(6), 8)
     return folder
 
 
@@ -106,7 +100,7 @@ def test_frames_are_the_nearest_in_time(source, expected):
 def test_a_clip_is_scaled_to_cover_and_cropped_in_the_middle(tmp_path):
     frames = np.zeros((6, 64, 160, 3), np.uint8)
     frames[:, :, :56], frames[:, :, 56:104], frames[:, :, 104:] = (200, 20, 20), (20, 200, 20), (20, 20, 200)
-    write_video(tmp_path / "wide.mp4", frames)
+    write_video(tmp_path / "wide.mp4", frames, 8)
     read = read_clip(tmp_path / "wide.mp4", 5, 8, 32, 24)  # the green middle
     assert read.shape == (5, 32, 24, 3) and read.dtype == np.uint8
     assert np.abs(read[:, :, 4:-4].astype(int) - (20, 200, 20)).max() < 12
@@ -127,7 +121,8 @@ def test_a_phones_video_is_turned_upright(rotation, corner):
 
 def test_a_clip_starts_where_it_should(tmp_path):
     levels = np.arange(20) * 12
-    write_video(tmp_path / "steps.mp4", np.broadcast_to(levels[:, None, None, None], (20, 32, 48, 3)).astype(np.uint8))
+    frames = np.broadcast_to(levels[:, None, None, None], (20, 32, 48, 3)).astype(np.uint8)
+    write_video(tmp_path / "steps.mp4", frames, 8)
     read = read_clip(tmp_path / "steps.mp4", 5, 8, 32, 48, start=1.25)
     assert np.abs(read.mean((1, 2, 3)) - levels[10:15]).max() < 4
     halved = read_clip(tmp_path / "steps.mp4", 5, 4, 32, 48, start=0.5)
@@ -351,7 +346,7 @@ def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):
         ([], "nothing to prepare"),
         ([f"--videos={tmp_path / 'nowhere'}"], "nowhere does not exist"),
         ([f"--videos={videos}", f"data.vae={videos}"], "no AutoencoderKLWan there"),
-        ([f"--videos={videos}", "--text_batch=0"], "must be at least 1"),
+        ([f"--videos={videos}", "--text_batch=0"], "must be positive"),
         ([f"--videos={videos}", "data.text_embeddings=x", "train.text_from=null"], "`train.text_from` is not set"),
     ):
         assert prepared(*arguments) == 2
@@ -361,7 +356,7 @@ def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):
 def test_from_six_videos_through_a_trained_step_to_a_sample(prepared, bundle, tmp_path):
     """Own data, by the commands alone."""
     for index in range(6):
-        write_video(tmp_path / "own" / f"{index}.mp4", clip(index))
+        write_video(tmp_path / "own" / f"{index}.mp4", clip(index), 8)
         (tmp_path / "own" / f"{index}.txt").write_text(CAPTION)
     data = [f"data.text_embeddings={tmp_path / 'text'}"]
     assert prepared(f"--videos={tmp_path / 'own'}", *data) == 0

@@ -89,8 +89,9 @@ def test_caption_wording():
     full = "a red circle bounces over a blue checkerboard"
     facts = parse_caption(full)
     assert (facts.colour, facts.shape, facts.motion) == ("red", "circle", "bounces")
-    assert (facts.background, facts.pattern, facts.left_out) == ("blue", "checkerboard", ())
-    assert parse_caption("a shape drifts left over a stripes").left_out == ("colour", "shape", "background")
+    assert (facts.background, facts.pattern) == ("blue", "checkerboard")
+    facts = parse_caption("A shape drifts left over a stripes.")
+    assert (facts.colour, facts.shape, facts.motion, facts.background) == (None, None, "drifts left", None)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_caption_wording():
         ("a purple circle bounces over a blue plain", "purple"),
         ("a red circle jumps over a blue plain", "jumps"),
         ("a red circle bounces over a blue plain today", "today"),
-        ("a red circle bounces", "end of text"),
+        ("a red circle bounces", "over a .colour. pattern"),
     ],
 )
 def test_other_captions_are_refused_by_name(text, word):

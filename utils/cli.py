@@ -9,17 +9,18 @@ permission); an error's own `exit_status` where it has one; 128 + n after signal
 
 import argparse
 import logging
+import math
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import yaml
 from safetensors import SafetensorError
 
-from utils.config import Config
+from utils.config import Config, ConfigError
 from utils.load_config import load_config
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,27 @@ def run_configured(
     """`run_command` of `run` with the config and arguments that `config_parser` was given."""
     arguments = parser.parse_intermixed_args(argv)
     return run_command(lambda: run(load_config(arguments.config_path, arguments.overrides), arguments))
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise `ConfigError` where one of these options, if given, or a number in its list, is not above zero."""
+    for name in names:
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name} is {value}: must be positive")
+
+
+def print_rows(rows: Iterable[Sequence[object]]) -> None:
+    """A table with its titles as first row: names to the left, cells to the right; None is a dash."""
+    shown = [[_cell(cell) for cell in row] for row in rows]
+    widths = [2 + max(map(len, column)) for column in zip(*shown, strict=True)]
+    for name, *cells in shown:
+        print(name.ljust(widths[0]) + "".join(map(str.rjust, cells, widths[1:])))
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def answer_typos() -> None:

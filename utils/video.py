@@ -101,6 +101,13 @@ class VideoWriter:
             self._finish()
 
 
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Frames uint8 [F, H, W, 3] as an mp4; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
+        writer.append(frames)
+
+
 def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
     """Frames [H, W, 3], uint8, one after the other. Raises ValueError where `path` is not a video."""
     try:

@@ -135,29 +135,25 @@ def write_clips(
     count = len(source)
     plan = {**source.made_by, "clips": count, "shard_size": shard_size, "vae": vae_hash}
     writer = ShardWriter(folder, CLIPS, plan, -(-count // shard_size), world)
-    mine = writer.share()
-    members = {number: range(number * shard_size, min((number + 1) * shard_size, count)) for number in mine}
-    order = [index for number in mine for index in members[number]]
+    mine = {number: range(count)[number * shard_size :][:shard_size] for number in writer.share()}
+    order = [index for members in mine.values() for index in members]
     loader = iter(DataLoader(source, batch_size=None, sampler=order, num_workers=workers, collate_fn=lambda clip: clip))
     bar = tqdm(total=len(order), desc=f"encode {folder.name}", unit="clip", disable=not world.is_main)
-    for number in mine:
-        latents, records, skipped, waiting = [], [], {}, []
-        for place, (frames, record) in enumerate(islice(loader, len(members[number])), start=1):
-            if isinstance(frames, str):
-                skipped[record["clip"]] = frames
-            else:
-                waiting.append((frames, record))
-            if waiting and (len(waiting) == batch or place == len(members[number])):
-                encoded = encode(np.stack([frames for frames, _ in waiting])).half().cpu()
-                for row, (_, named) in zip(encoded, waiting, strict=True):
-                    if row.isfinite().all():
-                        latents.append(row)
-                        records.append(named)
-                    else:
-                        skipped[named.get("clip", named["caption"])] = "its latents are not finite"
-                waiting = []
-            bar.update()
-        writer.write(number, {"latents": torch.stack(latents) if latents else torch.empty(0)}, records, skipped=skipped)
+    for number, members in mine.items():
+        kept, skipped = [], {}
+        for start in range(0, len(members), batch):
+            some = list(islice(loader, len(members[start : start + batch])))
+            skipped |= {record["clip"]: frames for frames, record in some if isinstance(frames, str)}
+            usable = [(frames, record) for frames, record in some if not isinstance(frames, str)]
+            encoded = encode(np.stack([frames for frames, _ in usable])).half().cpu() if usable else []
+            for row, (_, record) in zip(encoded, usable, strict=True):
+                if row.isfinite().all():
+                    kept.append((row, record))
+                else:
+                    skipped[record.get("clip", record["caption"])] = "its latents are not finite"
+            bar.update(len(some))
+        latents = torch.stack([row for row, _ in kept]) if kept else torch.empty(0)
+        writer.write(number, {"latents": latents}, [record for _, record in kept], skipped=skipped)
     bar.close()
     if not writer.finished():  # no barrier, which would time out: the rank that ends last reports
         return {}
@@ -228,7 +224,7 @@ def check_clips(folder: Path) -> dict[str, Any]:
     Raises `ConfigError` where nothing was ever written.
     """
     plan = read_plan(folder, CLIPS, COMMAND)
-    problems, shapes, captions, skipped = [], Counter(), [], {}
+    problems, shapes, captions, skipped = [], Counter(), Counter(), {}
     moments = []  # of every clip: mean and mean square per channel [2, C]
     for number in tqdm(range(plan["shards"]), desc=f"check {folder.name}", unit="shard"):
         path = shard_path(folder, number)
@@ -242,7 +238,7 @@ def check_clips(folder: Path) -> dict[str, Any]:
             continue
         skipped |= notes["skipped"]
         for record, row in zip(notes["records"], load_file(path)["latents"], strict=True):
-            captions.append(record["caption"])
+            captions[record["caption"]] += 1
             shapes[tuple(row.shape)] += 1
             clip = row.double()  # [C, F, H, W]
             if clip.isfinite().all():
@@ -253,16 +249,11 @@ def check_clips(folder: Path) -> dict[str, Any]:
         problems.append("clips differ in shape: " + ", ".join(map(str, shapes)))
     if not captions:
         problems.append("no clips are there")
-    found = {"folder": str(folder), "problems": problems, "clips": len(captions), "asked_for": plan["clips"],
+    found = {"folder": str(folder), "problems": problems, "clips": captions.total(), "asked_for": plan["clips"],
              "shards": plan["shards"], "shape": list(next(iter(shapes), ()))}  # fmt: skip
     if moments:
         mean, square = torch.stack(moments).mean(0)  # [C] each
         found |= {"mean": mean.tolist(), "std": (square - mean.square()).clamp_min(0).sqrt().tolist()}
-    words = [len(text.split()) for text in captions]
-    found["captions"] = {
-        "different": len(set(captions)),
-        "words_min": min(words, default=0),
-        "words_mean": sum(words) / max(len(words), 1),
-        "words_max": max(words, default=0),
-    }
-    return found | {"skipped": skipped}
+    words = [len(text.split()) for text in captions.elements()] or [0]
+    lengths = {"words_min": min(words), "words_mean": sum(words) / len(words), "words_max": max(words)}
+    return found | {"captions": {"different": len(captions), **lengths}, "skipped": skipped}

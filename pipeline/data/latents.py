@@ -92,10 +92,8 @@ class LatentData:
         return self._any.shape[-2:]
 
     def sample(self, seed: int, index: int, frames: int) -> TrainingClip:
-        """The first `frames` latent frames of the clip or story that sample `index` shows.
-
-        A crop starts at latent frame 0, as that one alone stands for a single pixel frame.
-        """
+        """The first `frames` latent frames of the clip or story that sample `index` shows. A crop starts at latent
+        frame 0, as that one alone stands for a single pixel frame."""
         told = self.config.data.stories
         share = torch.rand((), generator=keyed_generator(seed, "story", index)).item()
         source = self.stills if frames == 1 and self.stills is not None else self.clips

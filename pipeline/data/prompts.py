@@ -6,7 +6,7 @@ from pipeline.data.clips import LatentClips
 from pipeline.data.prompt_files import read_prompt_items
 from pipeline.data.schedule import texts
 from utils.config import Config, ConfigError
-from utils.sprites.world import HELD_OUT_START, caption, sample_spec
+from utils.sprites.world import caption, held_out_captions, sample_spec
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -16,8 +16,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def sample_prompts(config: Config) -> list[str]:
     """`train.sample_prompts`, then the first `train.sample_held_out` captions of the held-out split."""
-    held_out = range(HELD_OUT_START, HELD_OUT_START + config.train.sample_held_out)
-    return [*config.train.sample_prompts, *(caption(sample_spec(config.seed, i, "seen")) for i in held_out)]
+    return config.train.sample_prompts + held_out_captions(config.seed, config.train.sample_held_out, "seen")
 
 
 def fixed_prompts(config: Config) -> list[str]:
@@ -26,10 +25,8 @@ def fixed_prompts(config: Config) -> list[str]:
 
 
 def data_prompts(config: Config) -> list[str]:
-    """The prompts of `data`: lines of a file, captions of latent shards, or of the sprite world's clips.
-
-    Raises `ConfigError` where the file or folder is not there.
-    """
+    """The prompts of `data`: lines of a file, captions of latent shards, or of the sprite world's clips. Raises
+    `ConfigError` where the file or folder is not there."""
     data = config.data
     if data.kind == "sprites":
         return [caption(sample_spec(config.seed, i)) for i in range(max(data.num_clips, data.num_stills))]

@@ -10,9 +10,8 @@ folder is finished when none is. Where the plan has no number of shards, more ca
 """
 
 import json
-import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from utils.config import ConfigError
 from utils.distributed import World, barrier, from_main
+from utils.files import write_json, write_whole
 
 FORMAT, PLAN = 2, "plan.json"
-_OLDER = ("meta.json", "clips-*.safetensors", "text-*.safetensors", "trajectories-*.safetensors")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -42,13 +41,9 @@ def shard_number(path: Path) -> int:
 
 
 def read_plan(folder: Path, kind: str, command: str) -> dict[str, Any]:
-    """What a folder's samples are a function of.
-
-    Raises `ConfigError`, naming the `command` that writes such folders, where there is no plan, or one of another kind
-    or format.
-    """
+    """What a folder's samples are a function of. Raises `ConfigError`, naming the `command` that writes such folders,
+    where there is no plan, or one of another kind or format."""
     path = folder / PLAN
-    _refuse_older(folder, command)
     if not path.is_file():
         raise ConfigError(f"folder {folder} has no {PLAN}: no {kind} are there; write them with {command}")
     try:
@@ -68,11 +63,6 @@ class _Plan(dict):
 
     def __missing__(self, key: str) -> Any:
         raise ConfigError(f"{PLAN} of {self['kind']} is damaged, it has no `{key}`: write the folder again")
-
-
-def _refuse_older(folder: Path, command: str) -> None:
-    if any(next(folder.glob(pattern), None) for pattern in _OLDER):
-        raise ConfigError(f"folder {folder} is of an older format: remove it and write it again with {command}")
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -110,7 +100,6 @@ class ShardWriter:
         """What is wrong with the folder, if anything is."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _refuse_older(self.folder, "the same command")
             if not (self.folder / PLAN).is_file():
                 write_json(self.folder / PLAN, plan)
             stored = read_plan(self.folder, plan["kind"], "the same command")
@@ -132,22 +121,10 @@ class ShardWriter:
     def write(self, number: int, tensors: Mapping[str, torch.Tensor], records: Sequence[Any], **notes: Any) -> None:
         metadata = {"notes": json.dumps({"records": records, **notes})}  # ASCII: any text survives
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _replace(shard_path(self.folder, number), lambda path: save_file(tensors, path, metadata=metadata))
+        write_whole(shard_path(self.folder, number), lambda path: save_file(tensors, path, metadata=metadata))
 
     def finished(self) -> bool:
         return len(shard_paths(self.folder)) == self.shards
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write the file whole, or not at all."""
-    _replace(path, lambda partial: partial.write_text(json.dumps(content, indent=1), encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make the file under another name first, so that it is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 class Shards:

@@ -1,6 +1,5 @@
 """A folder of captioned videos, and clips of them at one size and frame rate."""
 
-import csv
 import hashlib
 import json
 import math
@@ -13,6 +12,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from pipeline.data.rows import read_rows
 from utils.config import ConfigError
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
@@ -57,7 +57,9 @@ def list_videos(folder: str | Path, captions: str | Path | None) -> list[Caption
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         found = [_beside(path, str(path.relative_to(folder))) for path in paths]
     else:
-        found = [_clip(row, where) for row, where in _rows(Path(captions))]
+        if Path(captions).suffix not in (".csv", ".jsonl"):
+            raise ConfigError(f"captions {captions}: expected a .csv or .jsonl file")
+        found = [_clip(row, where) for where, row in read_rows(Path(captions), f"captions {captions}")]
     if not found:
         raise ConfigError(f"{captions or folder}: no videos there ({', '.join(sorted(SUFFIXES))})")
     if all(clip.problem for clip in found):
@@ -83,27 +85,6 @@ def _beside(video: Path, name: str) -> CaptionedVideo:
         return _captioned(name, path.read_text(encoding="utf-8-sig") if path.is_file() else "")
     except (OSError, UnicodeDecodeError) as error:
         return CaptionedVideo(name, "", problem=f"{path.name} is not readable as UTF-8 text ({error})")
-
-
-def _rows(path: Path) -> Iterator[tuple[Any, str]]:
-    """(row, where it stands); a row that is no JSON comes as it is written."""
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ConfigError(f"captions {path}: expected a .csv or .jsonl file")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield row, f"line {reader.line_num}"
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        yield json.loads(line), f"line {number}"
-                    except ValueError:
-                        yield line, f"line {number}"
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"captions {path}: not readable ({error})") from error
 
 
 def _clip(row: Any, where: str) -> CaptionedVideo:

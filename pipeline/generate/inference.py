@@ -4,14 +4,12 @@ Every video is generated alone and its noise depends on nothing but (seed, promp
 other prompts a run holds, in which order, or on how many ranks. Chunks are encoded as they come: memory does not grow.
 """
 
-import json
 import logging
 import platform
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ from pipeline.vae_shape import VAEShape
 from utils.ahead import ahead
 from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError
+from utils.files import write_json
 from utils.video import VideoWriter
 
 log = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ class VideoMaker:
                 progress.set_postfix_str(f"{speed:.1f} frames/s, {describe_cache(report)}", refresh=False)
                 progress.update()
         content = self._describe(job, writer.frames, chunks, report, time.perf_counter() - start)
-        _write_json(job.sidecar, content)
+        write_json(job.sidecar, content)
         return content
 
     def _describe(self, job: Job, frames: int, chunks: int, report: dict, seconds: float) -> dict[str, Any]:
@@ -240,10 +239,3 @@ def describe_cache(report: dict[str, dict[str, int]]) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """In one step: a sidecar is there whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -1,6 +1,5 @@
 """Fixed-prompt samples during training: mp4 with a sidecar that `scripts/evaluate.py` reads, and a contact sheet."""
 
-import json
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -9,12 +8,12 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from pipeline.generate.vae_stream import StreamingDecoder
+from utils.files import write_json
 from utils.sprites.read import accuracy, read_seconds, score
 from utils.sprites.world import parse_caption
-from utils.video import VideoWriter, to_uint8
+from utils.video import to_uint8, write_video
 
 SHEET_COLUMNS = 8  # frames of each video on the contact sheet
-EVERY_SECOND = range(10**6)
 
 
 def write_samples(
@@ -37,13 +36,12 @@ def write_samples(
     for i, (prompt, clip) in enumerate(zip(prompts, latents, strict=True)):
         frames = to_uint8(StreamingDecoder(vae).decode(clip[None])[0])  # [F, H, W, 3]
         path = folder / f"{i:03d}.mp4"
-        with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
-            writer.append(frames)
-        path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, "fps": fps}))
+        write_video(path, frames, fps)
+        write_json(path.with_suffix(".json"), {"prompt": prompt, "fps": fps})
         rows.append(np.concatenate([frames[k] for k in np.linspace(0, len(frames) - 1, SHEET_COLUMNS).astype(int)], 1))
         if facts is not None:
             still = len(frames) < fps
             readings = read_seconds(np.repeat(frames[:1], fps, 0) if still else frames, fps)
             marks += score(readings, facts[i])
     iio.imwrite(folder / "sheet.png", np.concatenate(rows))
-    return accuracy(marks, said=True, seconds=EVERY_SECOND) if marks else {}
+    return accuracy(marks, said=True) if marks else {}

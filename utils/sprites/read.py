@@ -44,9 +44,7 @@ OUTLINE_IOU = {"circle": 0.94, "square": 0.94, "triangle": 0.90}
 @dataclass(frozen=True)
 class Reading:
     """What one second shows; None where there is no sprite to read (and for motion before two seconds have passed).
-
-    `outline`: IoU with the outline of the nearest shape; below `OUTLINE_IOU` `shape` is "other".
-    """
+    `outline`: IoU with the outline of the nearest shape; below `OUTLINE_IOU` `shape` is "other"."""
 
     second: int
     present: bool
@@ -99,9 +97,7 @@ def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
 
 def score(readings: Sequence[Reading], facts: CaptionFacts) -> list[Mark]:
     """Judge readings by a caption: what it says, per second; what it leaves out, by seconds 1 to 4 of the same video.
-
-    Motion and `MOVING` have no mark in second 0, where their two seconds have not passed.
-    """
+    Motion and `MOVING` have no mark in second 0, where their two seconds have not passed."""
     marks = []
     for attribute in ATTRIBUTES:
         said = getattr(facts, attribute)
@@ -124,9 +120,9 @@ def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
     return Counter(values).most_common(1)[0][0] if values else None
 
 
-def accuracy(marks: Sequence[Mark], said: bool, seconds: range) -> dict[str, float]:
+def accuracy(marks: Sequence[Mark], said: bool, seconds: range | None = None) -> dict[str, float]:
     """Share of right marks per attribute, over the given seconds and kind; attributes without a mark are absent."""
-    picked = [mark for mark in marks if mark.said == said and mark.second in seconds]
+    picked = [mark for mark in marks if mark.said == said and (seconds is None or mark.second in seconds)]
     by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in MARKED}
     return {name: sum(right) / len(right) for name, right in by_name.items() if right}
 
@@ -207,10 +203,8 @@ def _coverage(pixels: np.ndarray, ground: np.ndarray, colour: np.ndarray) -> np.
 
 
 def _locate(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centres of mass (x, y) on the torus, [F, 2], nan without a sprite, and soft masks about them, [F, P, P].
-
-    The window's middle pixel is the one the centre lies in; the centre's fraction is left to the outline fit.
-    """
+    """Centres of mass (x, y) on the torus, [F, 2], nan without a sprite, and soft masks about them, [F, P, P]. The
+    window's middle pixel is the one the centre lies in; the centre's fraction is left to the outline fit."""
     num_frames, height, width = cover.shape
     mask = np.where(cover > 0.5, cover, 0.0)
     area = mask.sum(axis=(1, 2))
@@ -266,9 +260,7 @@ def _read_shape(windows: np.ndarray) -> tuple[str, float]:
 
 def _mean_mask(windows: np.ndarray) -> np.ndarray:
     """Soft masks [F, P, P] laid on one another by their centres of mass, on a grid `FINE` times finer: mean [Q, Q].
-
-    What flickers averages out, and where it crosses one half is the outline, to a fraction of a pixel.
-    """
+    What flickers averages out, and where it crosses one half is the outline, to a fraction of a pixel."""
     half = windows.shape[1] // 2
     offsets, fine = np.arange(-half, half + 1), np.linspace(-half, half, 2 * half * FINE + 1)
     hard = np.where(windows > 0.5, windows, 0.0)

@@ -8,6 +8,7 @@ A clip is a pure function of (seed, index): `sample_spec` draws what it shows, `
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,10 @@ HELD_OUT_START = 1_000_000
 HELD_OUT_PAIRS = frozenset({("green", "triangle"), ("magenta", "square")})
 PAIR_CHOICES = ("any", "seen", "unseen")
 
+_COLOUR, _SHAPE, _MOTION, _PATTERN = map("|".join, (COLOURS, SHAPES, MOTIONS, PATTERNS))
+_CAPTION = re.compile(f"a (?:({_COLOUR}) )?({_SHAPE}|shape) ({_MOTION}) over a (?:({_COLOUR}) )?({_PATTERN})")
+_KNOWN = (*COLOURS, *SHAPES, *MOTIONS, *PATTERNS)
+
 HEIGHT, WIDTH, FPS = 64, 96, 16
 BASE_TONE, SECOND_TONE = 0.40, 0.22
 CELL = 8  # px, side of a checkerboard cell and width of a stripe
@@ -42,11 +47,9 @@ DROP_CLIP, DROP_WORD, EMPTY_CAPTION = 0.25, 0.5, 0.1
 
 @dataclass(frozen=True)
 class SpriteSpec:
-    """What one clip shows, and which of its words the caption keeps.
-
-    Lengths are fractions of the frame height (`diameter`, `orbit`) or of the free range of the sprite's centre
-    (`start_x`, `start_y`); `speed` is in px/s and `angle` in radians, clockwise from the x axis as y points down.
-    """
+    """What one clip shows, and which of its words the caption keeps. Lengths are fractions of the frame height
+    (`diameter`, `orbit`) or of the free range of the sprite's centre (`start_x`, `start_y`); `speed` is in px/s and
+    `angle` in radians, clockwise from the x axis as y points down."""
 
     colour: str
     shape: str
@@ -79,10 +82,6 @@ class CaptionFacts:
     motion: str | None
     background: str | None
     pattern: str | None
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        return tuple(name for name, value in vars(self).items() if value is None)
 
 
 def sample_spec(seed: int, index: int, pairs: str = "any") -> SpriteSpec:
@@ -144,56 +143,35 @@ def caption(spec: SpriteSpec) -> str:
     return f"a {sprite} {spec.motion} over a {ground}"
 
 
+def held_out_captions(seed: int, count: int, pairs: str = "any") -> list[str]:
+    """Captions of the first `count` held-out clips; `pairs` as `sample_spec` has it."""
+    return [caption(sample_spec(seed, HELD_OUT_START + index, pairs)) for index in range(count)]
+
+
 def parse_caption(text: str) -> CaptionFacts:
     """Read a sprite-world caption back: what it states, None for what it leaves out (all of it when it is empty).
-
-    Raises ValueError naming the word that does not fit.
-    """
+    Raises ValueError for any other text."""
     words = text.lower().strip().rstrip(".").split()
-    if not words:
-        return CaptionFacts(None, None, None, None, None)
-    usage = "expected 'a [colour] shape motion over a [colour] pattern'"
-
-    def fail(found: str) -> ValueError:
-        return ValueError(f"not a sprite-world caption: {found} in {text!r}; {usage}")
-
-    def take(options: tuple[str, ...], optional: bool = False) -> str | None:
-        for option in options:
-            parts = option.split()
-            if words[: len(parts)] == parts:
-                del words[: len(parts)]
-                return option
-        if optional:
-            return None
-        raise fail(repr(words[0]) if words else "end of text")
-
-    take(("a",))
-    colour = take(tuple(COLOURS), optional=True)
-    shape = take((*SHAPES, "shape"))
-    motion = take(MOTIONS)
-    take(("over a",))
-    background = take(tuple(COLOURS), optional=True)
-    pattern = take(PATTERNS)
-    if words:
-        raise fail(repr(words[0]))
+    found = _CAPTION.fullmatch(" ".join(words))
+    if words and found is None:
+        usage = "expected 'a [colour] shape motion over a [colour] pattern'"
+        raise ValueError(f"not a sprite-world caption: {text!r}; {usage} of {', '.join(_KNOWN)}")
+    colour, shape, motion, background, pattern = found.groups() if words else [None] * 5
     return CaptionFacts(colour, None if shape == "shape" else shape, motion, background, pattern)
 
 
 def background_image(background: str, pattern: str, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """The bare background, float32 [height, width, 3] in 0..255."""
     base, second = (np.asarray(COLOURS[background], np.float32) * tone for tone in (BASE_TONE, SECOND_TONE))
-    rows, columns = np.arange(height), np.arange(width)
-    if pattern == "plain":
-        weight = np.zeros((height, width))
-    elif pattern == "gradient":
-        weight = np.broadcast_to((rows / max(height - 1, 1))[:, None], (height, width))
-    elif pattern == "checkerboard":
-        weight = (rows[:, None] // CELL + columns[None, :] // CELL) % 2
-    elif pattern == "stripes":
-        weight = np.broadcast_to((columns // CELL % 2)[None, :], (height, width))
-    else:
-        raise ValueError(f"unknown background pattern {pattern!r}; known: {', '.join(PATTERNS)}")
-    return (base + weight[..., None].astype(np.float32) * (second - base)).astype(np.float32)
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    weight = {
+        "plain": 0,
+        "gradient": rows / max(height - 1, 1),
+        "checkerboard": (rows // CELL + columns // CELL) % 2,
+        "stripes": columns // CELL % 2,
+    }[pattern]
+    weight = np.broadcast_to(weight, (height, width)).astype(np.float32)
+    return (base + weight[..., None] * (second - base)).astype(np.float32)
 
 
 def sprite_path(
@@ -209,12 +187,10 @@ def sprite_path(
     if spec.motion == "bounces":
         axes = ((spec.start_x, math.cos(spec.angle), width), (spec.start_y, math.sin(spec.angle), height))
         return np.stack([_reflect(u, step * spec.speed * seconds, radius, size) for u, step, size in axes], axis=1)
-    if spec.motion in DRIFTS:
-        dx, dy = DRIFTS[spec.motion]
-        x = (spec.start_x * width + dx * spec.speed * seconds) % width
-        y = (spec.start_y * height + dy * spec.speed * seconds) % height
-        return np.stack([x, y], axis=1)
-    raise ValueError(f"unknown motion {spec.motion!r}; known: {', '.join(MOTIONS)}")
+    dx, dy = DRIFTS[spec.motion]
+    x = (spec.start_x * width + dx * spec.speed * seconds) % width
+    y = (spec.start_y * height + dy * spec.speed * seconds) % height
+    return np.stack([x, y], axis=1)
 
 
 def _reflect(start: float, travelled: np.ndarray, radius: float, size: int) -> np.ndarray:
@@ -226,9 +202,7 @@ def _reflect(start: float, travelled: np.ndarray, radius: float, size: int) -> n
 
 def draw_sprite(frames: np.ndarray, spec: SpriteSpec, fps: float = FPS) -> None:
     """Draw the spec's sprite into float32 frames [num_frames, height, width, 3], in place, wrapping at the borders.
-
-    Only the window around the sprite is touched, which makes this several times cheaper than whole frames.
-    """
+    Only the window around the sprite is touched, which makes this several times cheaper than whole frames."""
     num_frames, height, width, _ = frames.shape
     centre = sprite_path(spec, num_frames, height, width, fps)
     half = spec.diameter * height / 2
@@ -250,17 +224,13 @@ def outline_distance(shape: str, x: np.ndarray, y: np.ndarray, half: float) -> n
         return np.sqrt(x * x + y * y) - half
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - half
-    if shape == "triangle":
-        # The sides run from the apex (0, -half) to (+-half, half): normal (2, -1) / sqrt 5.
-        return np.maximum((2 * np.abs(x) - y - half) / math.sqrt(5.0), y - half)
-    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    # A triangle's sides run from the apex (0, -half) to (+-half, half): normal (2, -1) / sqrt 5.
+    return np.maximum((2 * np.abs(x) - y - half) / math.sqrt(5.0), y - half)
 
 
 def render(spec: SpriteSpec, num_frames: int, height: int = HEIGHT, width: int = WIDTH, fps: float = FPS) -> np.ndarray:
-    """Draw the clip, uint8 [num_frames, height, width, 3].
-
-    Raises ValueError for sizes that are not positive multiples of 16, or a frame count below 1.
-    """
+    """Draw the clip, uint8 [num_frames, height, width, 3]. Raises ValueError for sizes that are not positive multiples
+    of 16, or a frame count below 1."""
     return render_layers([spec], num_frames, height, width, fps)
 
 
