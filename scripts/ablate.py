@@ -7,15 +7,14 @@
         --vary "cache.kind=pack | cache.kind=window cache.recent=2 | cache.kind=sink cache.recent=1"
 
 Every --vary is an axis of the grid: values of one setting, or, with bars between them, sets of settings that belong
-together. Prompts are a file's (--data_path), the first --captions captions of the held-out sprite world, or so many
---stories of it, with shots of --shot_chunks chunks. Every cell makes every prompt's video with every seed, the same
-noise in all cells. Ranks share the videos; started again, what is there is kept.
+together. Prompts are a file's (--data_path), the first --captions of the held-out sprite world, or so many --stories of
+it. Every cell makes every prompt's video with every seed, the same noise in all cells. Ranks share the videos; started
+again, what is there is kept.
 
-Writes to --output_folder: a folder of videos per cell and seed; results.csv, a row per video: settings, bytes of the
-cache, speed, `utils/metrics.py`, and what is read right of sprite-world captions: `said`, in seconds 1 on, `kept`,
-what the caption leaves out and must be as in seconds 1 to 4, so only memory can keep it, and `recall`, what returning
-shots of stories show as it was; summary.csv, mean and std over seeds of each cell; and page.html, with all of it, plots
-over time and against bytes, and the first videos, in one file.
+Writes to --output_folder: videos by cell and seed; results.csv, a row per video: settings, bytes of the cache, speed,
+`utils/metrics.py`, and what is read right of sprite-world captions: `said`, in seconds 1 on, `kept`, what the caption
+leaves out and must be as in seconds 1 to 4, so only memory can keep it, and `recall`, what returning shots of stories
+show as it was; summary.csv, mean and std over seeds of each cell; page.html, all of it with plots and videos, one file.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import answer_typos, run_command
+from utils.cli import answer_typos, check_positive, config_parser, run_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -44,20 +43,21 @@ from tqdm import tqdm
 from pipeline.bundle import check_bundle
 from pipeline.data.prompt_files import read_prompt_items
 from pipeline.data.schedule import Prompt, texts
-from pipeline.data.shards import write_json
 from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.jobs import check_output_folder, resolved, slug
 from pipeline.generate.pipeline import PackForcingPipeline
-from scripts.ablate_page import write_page
-from scripts.generate_held_out import check_chunks
-from scripts.judge import EVERY_SECOND, judge
+from scripts.ablate_page import grouped, write_page
+from scripts.held_out import held_out_stories
+from scripts.judge import judge
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
+from utils.files import write_json
 from utils.load_config import load_config
 from utils.sprites.read import MARKED, accuracy
-from utils.sprites.story import FRAMES_PER_CHUNK, LEFT_OUT, STRIDE, RecallMark, num_chunks, recall, sample_story
-from utils.sprites.world import FPS, HELD_OUT_START, caption, sample_spec
-from utils.video import VideoWriter
+from utils.sprites.recall import LEFT_OUT, RecallMark, recall
+from utils.sprites.story import FRAMES_PER_CHUNK, STRIDE, num_chunks
+from utils.sprites.world import FPS, held_out_captions
+from utils.video import write_video
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +93,14 @@ class Task:
         """What is known of the finished video; None where it is not there, or was made otherwise."""
         try:
             record = json.loads(self.video.with_suffix(".json").read_text(encoding="utf-8"))
-            same = record["made_by"] == self.made_by and "recall" in record  # which older records lack
-            return record if same and self.video.is_file() else None
+            return record if record["made_by"] == self.made_by and self.video.is_file() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
 def axis(text: str) -> list[list[str]]:
-    """`key=a,b` -> [["key=a"], ["key=b"]]; `key=a other=1 | key=b` -> [["key=a", "other=1"], ["key=b"]].
-
-    Commas inside brackets do not separate. Raises `ConfigError`.
-    """
+    """`key=a,b` -> [["key=a"], ["key=b"]]; `key=a other=1 | key=b` -> [["key=a", "other=1"], ["key=b"]]. Commas inside
+    brackets do not separate. Raises `ConfigError`."""
     if "|" in text:
         return [cell.split() for cell in text.split("|")]
     key, equals, values = text.partition("=")
@@ -115,9 +112,7 @@ def axis(text: str) -> list[list[str]]:
 
 def plan(arguments: argparse.Namespace) -> list[Task]:
     """Every video of the grid. Raises `ConfigError` for a cell that no run could use, before anything is loaded."""
-    for name in ("seeds", "seconds", "captions", "stories"):
-        if getattr(arguments, name) is not None and not 0 < getattr(arguments, name) < float("inf"):
-            raise ConfigError(f"--{name} is {getattr(arguments, name)}: must be positive")
+    check_positive(arguments, "seeds", "seconds", "captions", "stories")
     cells = [tuple(itertools.chain(*cell)) for cell in itertools.product(*map(axis, arguments.vary))]
     configs = [load_config(arguments.config_path, [*arguments.overrides, *cell]) for cell in cells]
     for config in configs:
@@ -137,11 +132,10 @@ def plan(arguments: argparse.Namespace) -> list[Task]:
 def held_out(arguments: argparse.Namespace, config: Config) -> list[Prompt]:
     """The first captions, or stories, of the held-out sprite world."""
     if not arguments.stories:
-        return [caption(sample_spec(config.seed, HELD_OUT_START + index)) for index in range(arguments.captions)]
-    check_chunks(config)
+        return held_out_captions(config.seed, arguments.captions)
     chunks = num_chunks(math.ceil(arguments.seconds * FPS) + FRAMES_PER_CHUNK * STRIDE - 1)
-    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
-    return [sample_story(config.seed, index, chunks, arguments.shot_chunks).schedule for index in indices]
+    stories = held_out_stories(config, arguments.stories, chunks, arguments.shot_chunks)
+    return [story.schedule for story in stories]
 
 
 def pipelines(tasks: list[Task]) -> Iterator[tuple[Task, PackForcingPipeline]]:
@@ -164,14 +158,9 @@ def make(task: Task, pipe: PackForcingPipeline) -> None:
         report = chunk.report
     frames = np.concatenate(pieces)  # [F, H, W, 3]
     speed = len(frames) / (time.perf_counter() - start)
-    task.video.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(task.video, fps, *frames.shape[1:3]) as writer:
-        writer.append(frames)
-    try:
-        verdict = judge(frames, fps, task.prompt)
-    except ValueError:  # of another world
-        verdict = judge(frames, fps, None)
-    said, kept = (accuracy(verdict.marks, captioned, EVERY_SECOND) for captioned in (True, False))
+    write_video(task.video, frames, fps)
+    verdict = judge(frames, fps, task.prompt)
+    said, kept = (accuracy(verdict.marks, captioned) for captioned in (True, False))
     write_json(task.video.with_suffix(".json"), {
         "prompt": task.prompt, "fps": fps, "made_by": task.made_by,
         "bytes": sum(report[part]["bytes"] for part in ("sink", "mid", "recent")),
@@ -201,18 +190,14 @@ def row(task: Task, record: dict[str, Any]) -> dict[str, Any]:
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per cell and number: mean over prompts and seeds, and std over the seeds' means (of one seed: 0)."""
-    cells = list(dict.fromkeys(row["cell"] for row in rows))
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     table = []
-    for cell in cells:
-        found: dict[str, Any] = {"cell": cell, "videos": sum(row["cell"] == cell for row in rows)}
+    for cell, of_cell in grouped(rows, lambda row: row["cell"]).items():
+        found: dict[str, Any] = {"cell": cell, "videos": len(of_cell)}
         for name in names:
-            of_seed: dict[int, list[float]] = {}
-            for row in rows:
-                if row["cell"] == cell and name in row and name != "seed":
-                    of_seed.setdefault(row["seed"], []).append(row[name])
-            if of_seed:
-                means = [np.mean(values) for values in of_seed.values()]
+            seeds = grouped((row for row in of_cell if name in row), lambda row: row["seed"])
+            if seeds and name != "seed":
+                means = [np.mean([row[name] for row in some]) for some in seeds.values()]
                 found |= {name: float(np.mean(means)), f"{name} std": float(np.std(means))}
         table.append(found)
     return table
@@ -241,7 +226,7 @@ def work(tasks: list[Task], world: World, page_videos: int) -> None:
     folder, summary = tasks[0].folder, summarise(rows)
     write_csv(folder / "results.csv", rows)
     write_csv(folder / "summary.csv", summary)
-    write_page(folder / "page.html", rows, summary, records, page_videos)
+    write_page(folder / "page.html", list(zip(rows, records, strict=True)), summary, page_videos)
     log.info("%s", folder / "page.html")
 
 
@@ -254,8 +239,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True)
+    parser = config_parser(__doc__)
     parser.add_argument("--output_folder", required=True)
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=A,B", help="an axis of the grid")
     parser.add_argument("--data_path", help="file of prompts")
@@ -265,7 +249,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from the config's on")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each video, rounded up to whole chunks")
     parser.add_argument("--page_videos", type=int, default=2, help="prompts whose videos go into the page")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
 

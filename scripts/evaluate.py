@@ -9,21 +9,18 @@
     python -m scripts.evaluate --config_path configs/tiny/ar_demo.yaml --teacher \
         bundles/tiny_teacher/transformer sampler.num_steps=16 sampler.guidance=4
 
-With --config_path videos of the first held-out captions are generated (clips from index 1,000,000 on): `seen`
-combinations of colour and shape, or the `unseen` ones that no training clip shows. They are made in batches, with fresh
-noise, and kept where --output_folder says so. With --teacher a bidirectional DiT is scored on clips of
-`video.trained_frames`, made by `sampler`'s Euler steps; text encoder and VAE are the bundle's.
+With --config_path videos of the first held-out captions (clips from index 1,000,000 on) are made, in batches, and kept
+in --output_folder: `seen` combinations of colour and shape, or the `unseen` ones that no training clip shows. With
+--teacher a bidirectional DiT makes clips of `video.trained_frames`, by `sampler`'s Euler steps.
 
 With --stories they are held-out stories (`utils/sprites/story.py`), and the table says how much of what their captions
 leave out is recalled, by chunks since a character was last seen and by shots between. With --since each brings a
-character back after exactly so many chunks of the other two, cut into --between shots; it opens with another one, so
-that the sink alone does not know the answer.
+character back after exactly so many chunks of the other two, cut into --between shots.
 
 Metrics of any video: `utils/metrics.py`. Captions come from NAME.json beside NAME.mp4; each attribute has two scores:
 over the seconds of videos whose caption states it, and over those whose caption leaves it out, where right means "as in
-seconds 1 to 4 of the same video". "moving" is whether a sprite is there and does not stand still, whatever its motion
-is called. A video whose caption cannot be read still has its metrics. With --json, or --config_path, the last line is
-one JSON object.
+seconds 1 to 4 of the same video". "moving": a sprite is there and does not stand still. With --json, or --config_path,
+the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,30 +33,20 @@ import sys
 import time
 from pathlib import Path
 
-from utils.cli import answer_typos, run_command
+from utils.cli import answer_typos, check_positive, run_command
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
 
-import numpy as np
-
 from pipeline.data.schedule import Prompt, read_prompt
-from scripts.generate_held_out import check_chunks, generate_videos, open_pipeline
+from scripts.held_out import VideoSource, check_story_chunks, held_out_stories
 from scripts.judge import Verdict, judge, print_comparison, print_recall, print_table, summarise
-from utils.config import ConfigError
+from utils.config import Config, ConfigError
 from utils.load_config import load_config
-from utils.sprites.story import (
-    CHANCE,
-    RECALLED,
-    Story,
-    recall,
-    recall_table,
-    sample_return,
-    sample_story,
-    score_story,
-)
-from utils.sprites.world import FPS, HELD_OUT_START, caption, sample_spec
-from utils.video import PARTIAL_SUFFIX, VideoWriter, frame_rate, read_video
+from utils.sprites.recall import CHANCE, RECALLED, recall, recall_table, score_story
+from utils.sprites.story import Story, sample_return
+from utils.sprites.world import FPS, HELD_OUT_START, held_out_captions
+from utils.video import PARTIAL_SUFFIX, frame_rate, read_video
 
 log = logging.getLogger(__name__)
 
@@ -97,23 +84,13 @@ def read_sidecar(video: Path) -> tuple[Prompt | None, float | None]:
     return None, None
 
 
-def evaluate_video(video: Path) -> Verdict:
-    """Raises ValueError where it is no video."""
-    prompt, fps = read_sidecar(video)
-    frames, fps = read_video(video), fps or frame_rate(video)
-    try:
-        return judge(frames, fps, prompt)
-    except ValueError as error:
-        log.warning("%s: caption not scored (%s); metrics only", video, error)
-        return judge(frames, fps, None)
-
-
 def evaluate_folder(videos: list[Path]) -> dict[str, Verdict]:
     """Name -> verdict of the readable ones; logs the others."""
     verdicts = {}
     for video in videos:
         try:
-            verdicts[video.name] = evaluate_video(video)
+            prompt, fps = read_sidecar(video)
+            verdicts[video.name] = judge(read_video(video), fps or frame_rate(video), prompt, str(video))
         except (ValueError, OSError) as error:
             log.warning("left out: %s", error)
     return verdicts
@@ -135,27 +112,15 @@ def evaluate_path(path: Path, with_json: bool) -> None:
         print(json.dumps({"folders": folders}))
 
 
-def keep(path: Path, prompt: Prompt, frames: np.ndarray, fps: int) -> None:
-    """Write one video with its sidecar."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, fps, *frames.shape[1:3]) as writer:
-        writer.append(frames)
-    path.with_suffix(".json").write_text(json.dumps({"prompt": prompt, "fps": fps}), encoding="utf-8")
-
-
 def evaluate_held_out(arguments: argparse.Namespace) -> None:
     """Generate videos of held-out captions and print what is right in them."""
     config = load_config(arguments.config_path, arguments.arguments)
-    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.captions)
-    prompts = [caption(sample_spec(config.seed, index, arguments.pairs)) for index in indices]
-    pipe = open_pipeline(config)
-    videos = generate_videos(config, pipe, prompts, arguments.seconds, arguments.batch, arguments.teacher)
+    prompts = held_out_captions(config.seed, arguments.captions, arguments.pairs)
+    source = VideoSource(config, arguments.batch, arguments.output_folder, arguments.teacher)
     verdicts, made, start = [], 0, time.perf_counter()
-    for number, (prompt, frames) in enumerate(zip(prompts, videos, strict=True)):
+    for prompt, frames in zip(prompts, source.videos(prompts, arguments.seconds), strict=True):
         made += len(frames)
         verdicts.append(judge(frames, config.video.fps, prompt))
-        if arguments.output_folder:
-            keep(arguments.output_folder / f"{number:04d}.mp4", prompt, frames, config.video.fps)
     figures = {"frames_per_second": round(made / (time.perf_counter() - start), 1)}
     summary = summarise(verdicts)
     print_table(f"held-out captions, {arguments.pairs} pairs", summary)
@@ -163,17 +128,18 @@ def evaluate_held_out(arguments: argparse.Namespace) -> None:
     print(json.dumps({**settings, **figures, **summary}))
 
 
-def draw_stories(arguments: argparse.Namespace, seed: int) -> list[list[Story]]:
+def draw_stories(arguments: argparse.Namespace, config: Config) -> list[list[Story]]:
     """Held-out stories, in lists of equal length. Raises `ConfigError`."""
-    least, most = arguments.shot_chunks
-    if least > most or (arguments.between or 1) > min(arguments.since or [1]):
-        raise ConfigError(f"--shot_chunks {least} {most}, --between {arguments.between}: expected the least length "
-                          "first, and no more shots between than chunks")  # fmt: skip
-    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
+    (least, most), between = arguments.shot_chunks, arguments.between
+    if least > most or (between or 1) > min(arguments.since or [1]):
+        raise ConfigError(f"--shot_chunks {least} {most}, --between {between}: expected the least length first, and no "
+                          "more shots between than chunks")  # fmt: skip
     if not arguments.since:
-        return [[sample_story(seed, index, arguments.chunks, (least, most)) for index in indices]]
+        return [held_out_stories(config, arguments.stories, arguments.chunks, (least, most))]
+    check_story_chunks(config)
+    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
     return [
-        [sample_return(seed, i, since, arguments.between, least, arguments.opening) for i in indices]
+        [sample_return(config.seed, index, since, between, least, arguments.opening) for index in indices]
         for since in arguments.since
     ]
 
@@ -181,35 +147,27 @@ def draw_stories(arguments: argparse.Namespace, seed: int) -> list[list[Story]]:
 def evaluate_stories(arguments: argparse.Namespace) -> None:
     """Generate held-out stories and print what their returning shots recall."""
     config = load_config(arguments.config_path, arguments.arguments)
-    check_chunks(config)
-    drawn, pipe = draw_stories(arguments, config.seed), open_pipeline(config)
+    drawn = draw_stories(arguments, config)
+    source = VideoSource(config, arguments.batch, arguments.output_folder)
     returning, first, start = [], [], time.perf_counter()
-    for group, stories in enumerate(drawn):
-        prompts, seconds = [story.schedule for story in stories], stories[0].shots[-1].frames.stop / FPS
-        videos = generate_videos(config, pipe, prompts, seconds, arguments.batch)
-        for number, (story, frames) in enumerate(zip(stories, videos, strict=True)):
+    for stories in drawn:
+        videos = source.videos([story.schedule for story in stories], stories[0].shots[-1].frames.stop / FPS)
+        for story, frames in zip(stories, videos, strict=True):
             marks = score_story(frames, story)
             returning += marks[-len(RECALLED) :] if arguments.since else marks  # the last shot is what was asked for
             first += score_story(frames, story, returning=False)
-            if arguments.output_folder:
-                name = f"{number + group * len(stories):04d}.mp4"
-                keep(arguments.output_folder / name, story.schedule, frames, config.video.fps)
     minutes = (time.perf_counter() - start) / 60
     table = recall_table(returning)
     print_recall(table | {"first shots": {"": recall(first)}})
     print(json.dumps({
-        "config": arguments.config_path, "overrides": arguments.arguments, "stories": sum(map(len, drawn)),
-        "stories_per_minute": round(sum(map(len, drawn)) / minutes, 2), "recall": table, "first": recall(first),
+        "config": arguments.config_path, "overrides": arguments.arguments, "stories": source.made,
+        "stories_per_minute": round(source.made / minutes, 2), "recall": table, "first": recall(first),
         "chance": CHANCE,
     }))  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name in ("captions", "seconds", "batch", "chunks", "stories", "between", "shot_chunks", "since"):
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name} is {value}: must be positive")
+    check_positive(arguments, "captions", "seconds", "batch", "chunks", "stories", "between", "shot_chunks", "since")
     if arguments.config_path is not None:
         return evaluate_held_out(arguments) if arguments.stories is None else evaluate_stories(arguments)
     if not arguments.arguments:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.schedule import Prompt
+from utils.cli import print_rows
 from utils.metrics import METRICS, measure
 from utils.sprites.read import MARKED, Mark, accuracy, read_seconds, score
-from utils.sprites.story import (
-    CHANCE,
-    LEFT_OUT,
-    RECALLED,
-    RecallMark,
-    num_chunks,
-    read_story,
-    recall_table,
-    score_story,
-)
+from utils.sprites.recall import CHANCE, LEFT_OUT, RECALLED, RecallMark, recall_table, score_story
+from utils.sprites.story import num_chunks, read_story
 from utils.sprites.world import parse_caption
 
 WINDOWS = {"0-5 s": range(0, 5), "10-20 s": range(10, 20), "25-30 s": range(25, 30), "50-60 s": range(50, 60),
            "110-120 s": range(110, 120)}  # fmt: skip
-EVERY_SECOND = range(10**6)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,15 +41,20 @@ class Verdict:
     metrics: dict[str, float]
 
 
-def judge(frames: np.ndarray, fps: float, prompt: Prompt | None) -> Verdict:
-    """Frames uint8 [F, H, W, 3]. Raises ValueError for a prompt that is no caption or story of the sprite world."""
+def judge(frames: np.ndarray, fps: float, prompt: Prompt | None, name: str | None = None) -> Verdict:
+    """Frames uint8 [F, H, W, 3]. A prompt of another world than the sprites' costs the marks alone, which is logged of
+    the video that has a `name`."""
     marks, recalled, outlines = [], [], []
-    if isinstance(prompt, str):
-        readings = read_seconds(frames, fps)
-        marks = score(readings, parse_caption(prompt))
-        outlines = [reading.outline for reading in readings if reading.present]
-    elif prompt is not None:
-        recalled = score_story(frames, read_story(prompt, num_chunks(len(frames))))
+    try:
+        if isinstance(prompt, str):
+            facts, readings = parse_caption(prompt), read_seconds(frames, fps)
+            marks = score(readings, facts)
+            outlines = [reading.outline for reading in readings if reading.present]
+        elif prompt is not None:
+            recalled = score_story(frames, read_story(prompt, num_chunks(len(frames))))
+    except ValueError as error:
+        if name is not None:
+            log.warning("%s: caption not scored (%s); metrics only", name, error)
     series = measure(frames, fps)
     curves = {name: metric.over_time(series) for name, metric in METRICS.items()}
     metrics = {name: float(METRICS[name].summary(curve)) for name, curve in curves.items()}
@@ -75,7 +75,7 @@ def summarise(verdicts: list[Verdict]) -> dict[str, Any]:
             for name, window in WINDOWS.items()
             if seconds & set(window)
         },
-        "captioned": accuracy(marks, True, EVERY_SECOND),
+        "captioned": accuracy(marks, True),
         "outline": float(np.mean(outlines)) if outlines else None,
         "metrics": {name: float(np.mean([one.metrics[name] for one in verdicts])) for name in METRICS},
         "recall": recall_table([mark for verdict in verdicts for mark in verdict.recall]),
@@ -86,12 +86,9 @@ def print_table(title: str, summary: dict[str, Any]) -> None:
     windows = summary["windows"]
     print(f"\n{title}: {summary['videos']} video{'s' if summary['videos'] > 1 else ''}")
     if windows:
-        print("".join([f"{'':12}"] + [f"{window:>22}" for window in windows]))
-        print("".join([f"{'attribute':12}"] + [f"{'captioned':>12}{'left out':>10}" for _ in windows]))
-        for name in MARKED:
-            cells = (columns[kind].get(name) for columns in windows.values() for kind in ("captioned", "left_out"))
-            shown = ("-" if cell is None else f"{cell:.3f}" for cell in cells)
-            print(f"{name:12}" + "".join(f"{cell:>{10 if column % 2 else 12}}" for column, cell in enumerate(shown)))
+        kinds = [(window, kind) for window in windows for kind in ("captioned", "left_out")]
+        titles = ["attribute", *(f"{window} {kind}" for window, kind in kinds)]
+        print_rows([titles, *([name, *(windows[window][kind].get(name) for window, kind in kinds)] for name in MARKED)])
     if summary["outline"] is not None:
         print(f"IoU with the true outline {summary['outline']:.3f}")
     if summary["recall"]:
@@ -102,18 +99,15 @@ def print_table(title: str, summary: dict[str, Any]) -> None:
 def print_comparison(folders: dict[str, dict[str, Any]]) -> None:
     """One row per folder: captioned attributes over all seconds, then metrics."""
     names = [name for name in MARKED if any(name in folder["captioned"] for folder in folders.values())]
-    width = max(map(len, folders))
-    print("\n" + " " * width + "".join(f"{name:>18}" for name in (*names, *METRICS)))
+    rows = [["", *names, *METRICS]]
     for folder, summary in folders.items():
-        cells = [summary["captioned"].get(name) for name in names] + list(summary["metrics"].values())
-        print(f"{folder:{width}}" + "".join(f"{'-' if cell is None else f'{cell:.3f}':>18}" for cell in cells))
+        rows.append([folder, *map(summary["captioned"].get, names), *summary["metrics"].values()])
+    print_rows(rows)
 
 
 def print_recall(table: dict[str, dict[str, dict[str, float]]]) -> None:
     """A row per group of returning shots, then chance; of wrong answers, whose they were."""
     whose = [f"{attribute}/{kind}" for attribute in LEFT_OUT for kind in ("last", "cast", "other")]
-    print(f"{'returning shots':22}{'shots':>6}" + "".join(f"{name:>18}" for name in (*RECALLED, *whose)))
-    rows = {f"{by} {name}": found for by, some in table.items() for name, found in some.items()}
-    for title, found in {**rows, "chance": CHANCE}.items():
-        cells = (f"{found[name]:.3f}" if name in found else "-" for name in (*RECALLED, *whose))
-        print(f"{title:22}{found.get('shots', ''):>6}" + "".join(f"{cell:>18}" for cell in cells))
+    found = {f"{by} {name}": some for by, groups in table.items() for name, some in groups.items()} | {"chance": CHANCE}
+    names = ("shots", *RECALLED, *whose)
+    print_rows([["returning shots", *names], *([title, *map(some.get, names)] for title, some in found.items())])

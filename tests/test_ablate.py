@@ -17,9 +17,7 @@ from utils.video import read_video
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny.write_bundle(root / "bundle")
-    (root / "config.yaml").write_text(tiny.CONFIG + f"model: {{bundle: {root / 'bundle'}}}\n")
+    root = tiny.write_world(tmp_path_factory.mktemp("world"))
     (root / "prompts.txt").write_text("a red circle bounces over a blue plain\na purple cat\n")
     assert main(arguments(root, root / "out")) == 0
     return root

@@ -10,19 +10,18 @@ from distill import SCORE
 
 from scripts.evaluate import main
 from tests import tiny
+from utils import video
 from utils.metrics import METRICS
 from utils.sprites.read import MARKED
 from utils.sprites.world import FPS, HELD_OUT_START, caption, render, sample_spec
-from utils.video import VideoWriter, read_video
+from utils.video import read_video
 
 SPEC = sample_spec(0, HELD_OUT_START)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tiny.write_bundle(root / "bundle")
-    (root / "config.yaml").write_text(tiny.CONFIG + f"model: {{bundle: {root / 'bundle'}}}\n")
+    root = tiny.write_world(tmp_path_factory.mktemp("world"))
     WanTransformer3DModel(**SCORE, num_layers=1).save_pretrained(root / "teacher")
     return root
 
@@ -93,10 +92,8 @@ def test_stories_are_made_and_their_recall_is_told(world, capsys, tmp_path):
 
 
 def write_video(folder, name, spec=SPEC, seconds=1, **sidecar):
-    folder.mkdir(exist_ok=True)
     path = folder / f"{name}.mp4"
-    with VideoWriter(path, FPS, 64, 96) as writer:
-        writer.append(render(spec, seconds * FPS))
+    video.write_video(path, render(spec, seconds * FPS), FPS)
     path.with_suffix(".json").write_text(json.dumps({"prompt": caption(spec), "fps": FPS} | sidecar))
     return path
 

@@ -6,19 +6,15 @@ import numpy as np
 import pytest
 
 from utils.sprites.read import look
+from utils.sprites.recall import LEFT_OUT, SINCE, recall, recall_table, score_story
 from utils.sprites.story import (
-    LEFT_OUT,
-    SINCE,
     Story,
     first_frame,
     num_chunks,
     read_story,
-    recall,
-    recall_table,
     render_story,
     sample_return,
     sample_story,
-    score_story,
 )
 from utils.sprites.world import HELD_OUT_START, SHAPES, caption, parse_caption
 

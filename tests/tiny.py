@@ -64,3 +64,10 @@ def write_bundle(folder: Path, seed: int = 0) -> Path:
         pipe = PackForcingPipeline(tokenizer, text_encoder, vae(), scheduler, transformer(), video=video)
         pipe.save_pretrained(folder)
     return folder
+
+
+def write_world(folder: Path) -> Path:
+    """A bundle, and beside it a config that names it."""
+    write_bundle(folder / "bundle")
+    (folder / "config.yaml").write_text(CONFIG + f"model: {{bundle: {folder / 'bundle'}}}\n")
+    return folder

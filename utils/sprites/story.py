@@ -6,7 +6,7 @@ leave out the colour of the sprite and of the ground ("a circle drifts left over
 
     story = sample_story(seed=0, index=3, chunks=5)
     frames, captions = render_story(story), story.captions
-    marks = score_story(frames, story)
+    marks = score_story(frames, story)  # utils/sprites/recall.py
 """
 
 import math
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from utils.sprites.read import look
 from utils.sprites.world import (
     BOUNCE_ANGLE,
     COLOURS,
@@ -37,10 +36,6 @@ from utils.sprites.world import (
 
 STREAM = 1  # keeps a story's randomness apart from that of the clip of the same index
 RETURN_STREAM = 2
-RECALLED = ("colour", "background", "pattern", "shape", "size")
-LEFT_OUT = ("colour", "background")  # by the captions of later shots
-SIZE_TOLERANCE = 0.06  # of the diameter
-SINCE = (1, 4, 16, 64)  # chunks since a character was last seen: upper ends of the buckets of `recall_table`
 FRAMES_PER_CHUNK, STRIDE = 3, 4  # latent frames of a chunk, pixel frames of a latent one after the first
 
 
@@ -92,17 +87,6 @@ class Story:
     def returning(self) -> list[bool]:
         """Per chunk, whether it belongs to a returning shot."""
         return [shot.returning for shot in self.shots for _ in range(shot.chunks)]
-
-
-@dataclass(frozen=True)
-class RecallMark:
-    """Whether an attribute of a returning shot was right, and if not, whose it was."""
-
-    attribute: str
-    right: bool
-    since: int
-    between: int
-    confused: str = ""  # "last": the shot before had it; "cast": another character; "other": nobody
 
 
 def first_frame(chunk: int) -> int:
@@ -181,9 +165,7 @@ def sample_return(
 
 def read_story(schedule: Sequence[dict[str, float | str]], chunks: int) -> Story:
     """The story that a schedule of captions tells in a video of so many chunks; sizes, speeds and places are not in it.
-
-    Raises ValueError where a caption is none of the sprite world's, or lacks what no earlier shot has said.
-    """
+    Raises ValueError where a caption is none of the sprite world's, or lacks what no earlier shot has said."""
     frames = [entry["at"] * FPS - first_frame(1) for entry in schedule[1:]]
     starts, shots = [0, *(round(1 + since / (STRIDE * FRAMES_PER_CHUNK)) for since in frames)], []
     ends = [min(start, chunks) for start in (*starts[1:], chunks)]
@@ -257,77 +239,3 @@ def render_stills(story: Story, height: int = HEIGHT, width: int = WIDTH) -> np.
     middle, apart = STRIDE * FRAMES_PER_CHUNK // 2, STRIDE * FRAMES_PER_CHUNK
     shots = [render(shot.spec, apart * shot.chunks, height, width)[middle::apart] for shot in story.shots]
     return np.concatenate(shots)
-
-
-def score_story(frames: np.ndarray, story: Story, returning: bool = True) -> list[RecallMark]:
-    """Read every returning shot, or every first one, of a video uint8 [F, H, W, 3] made from the story's captions.
-
-    Size, which no caption says, must be that of the character's first shot in the same video.
-    """
-    marks, sizes = [], {}
-    for number, shot in enumerate(story.shots):
-        if shot.frames.stop > len(frames):
-            break
-        if shot.returning != returning and shot.returning:
-            continue
-        seen = look(frames[shot.frames.start : shot.frames.stop])
-        size = sizes.setdefault(shot.spec.shape, seen.diameter if seen.present else 0.0)
-        if shot.returning != returning:
-            continue
-        for attribute in RECALLED:
-            if attribute == "size":
-                right = seen.present and abs(seen.diameter - size) < SIZE_TOLERANCE * size
-                marks.append(RecallMark(attribute, bool(right), shot.since, shot.between))
-                continue
-            found, wanted = getattr(seen, attribute), getattr(shot.spec, attribute)
-            needs_sprite = attribute in ("colour", "shape")
-            right = found == wanted and (seen.present or not needs_sprite)
-            confused = "" if right else _whose(found, attribute, story, number)
-            marks.append(RecallMark(attribute, right, shot.since, shot.between, confused))
-    return marks
-
-
-def _whose(found: str, attribute: str, story: Story, number: int) -> str:
-    if number and found == getattr(story.shots[number - 1].spec, attribute):
-        return "last"
-    return "cast" if any(found == getattr(shot.spec, attribute) for shot in story.shots[:number]) else "other"
-
-
-def _size_chance() -> float:
-    """Share of random sizes that pass for another random one."""
-    drawn = np.linspace(*DIAMETER, 500)
-    return float((np.abs(drawn[:, None] / drawn - 1) < SIZE_TOLERANCE).mean())
-
-
-# What looks drawn anew would score. A caption says pattern and shape. Whoever takes any of the cast's has a third.
-CHANCE = {"colour": 1 / len(COLOURS), "background": 1 / len(COLOURS), "size": _size_chance()}
-
-
-def recall(marks: Sequence[RecallMark]) -> dict[str, float]:
-    """Share of returning shots with an attribute right, and of the wrong ones whose it was instead."""
-    found = {}
-    for attribute in RECALLED:
-        of = [mark for mark in marks if mark.attribute == attribute]
-        if of:
-            found[attribute] = sum(mark.right for mark in of) / len(of)
-        if of and attribute in LEFT_OUT:
-            for kind in ("last", "cast", "other"):
-                found[f"{attribute}/{kind}"] = sum(mark.confused == kind for mark in of) / len(of)
-    return found
-
-
-def recall_table(marks: Sequence[RecallMark]) -> dict[str, dict[str, dict[str, float]]]:
-    """`recall` and the number of returning `shots`: "all" (under ""), by chunks "since" the character was last seen
-    (upper ends of the buckets), by shots "between". Empty without marks."""
-    if not marks:
-        return {}
-    groups: dict[str, dict[str, list[RecallMark]]] = {"all": {"": list(marks)}, "since": {}, "between": {}}
-    for mark in sorted(marks, key=lambda mark: (mark.since, mark.between)):
-        bucket = next((str(end) for end in SINCE if mark.since <= end), f"over {SINCE[-1]}")
-        groups["since"].setdefault(bucket, []).append(mark)
-    for mark in sorted(marks, key=lambda mark: mark.between):
-        groups["between"].setdefault(str(mark.between), []).append(mark)
-    return {
-        by: {name: {"shots": len(some) // len(RECALLED)} | recall(some) for name, some in group.items()}
-        for by, group in groups.items()
-    }
