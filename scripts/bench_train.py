@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.cli import answer_typos, config_parser, run_configured
+from utils.cli import answer_typos, check_positive, config_parser, print_rows, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -39,7 +39,7 @@ from model.geometry import WAN_PATCH_SIZE
 from pipeline.train.dmd import DMDStage
 from pipeline.train.trainer import Trainer
 from scripts.stand_ins import stand_ins
-from utils.config import Config, ConfigError
+from utils.config import Config
 from utils.distributed import World, rank
 from utils.timing import Stopwatch, device_name, peak_memory
 
@@ -160,17 +160,17 @@ def bench(config: Config, repeats: int, device: torch.device, world: World, fold
 
 
 def print_table(result: dict[str, Any]) -> None:
-    print()
-    print(f"{'part':<18}" + "".join(f"{role + ' s':>14}{'share':>8}{'tokens/s':>12}{'peak GB':>9}" for role in ROLES))
+    titles = [title for role in ROLES for title in (f"{role} s", "share", "tokens/s", "peak GB")]
+    rows = [["part", *titles]]
     for part in (*IN_LOSS[:2], FORWARDS, *IN_LOSS[2:], "other", *AFTER_LOSS, "total"):
-        line = f"{part:<18}"
+        rows.append([part])
         for role in ROLES:
             row, total = result["parts"][role][part], result["parts"][role]["total"]["seconds"]
             rate, peak = row["tokens_per_s"], row["peak_bytes"]
-            line += f"{row['seconds']:>14.4f}{row['seconds'] / total:>8.1%}"
-            line += f"{rate:>12.0f}" if rate else f"{'':>12}"
-            line += f"{peak / 1e9:>9.2f}" if peak else f"{'':>9}"
-        print(line)
+            rows[-1] += [f"{row['seconds']:.4f}", f"{row['seconds'] / total:.1%}"]
+            rows[-1] += [rate and round(rate), peak and f"{peak / 1e9:.2f}"]
+    print()
+    print_rows(rows)
     print(
         f"\n{result['device']}, {result['ranks']} ranks x {result['samples_per_rank']} clips of "
         f"{result['clip_tokens']} tokens, {result['mixed_precision']}: {result['seconds_per_step']:.3f} s per step "
@@ -180,8 +180,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 def run(config: Config, arguments: argparse.Namespace) -> None:
-    if arguments.repeats < 1:
-        raise ConfigError(f"--repeats is {arguments.repeats}: must be at least 1")
+    check_positive(arguments, "repeats")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with rank() as (device, world), tempfile.TemporaryDirectory() as folder:

@@ -20,6 +20,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from model.cache.cache import PackCache
+from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan, wan_to_diffusers
 from model.schedule import FlowMatchSchedule
@@ -41,42 +42,37 @@ class Golden:
 
     def __init__(self, folder: Path):
         self.meta = json.loads((folder / "meta.json").read_text())
-        self.weights = self._load(folder / "wan_weights.safetensors")
-        self.compressor = self._load(folder / "hr_compressor_weights.safetensors")
-        self.io = self._load(folder / "io.safetensors")
-        self.dmd = self._load(folder / "dmd.safetensors")
+        files = ("wan_weights", "hr_compressor_weights", "io", "dmd")
+        paths = (folder / f"{name}.safetensors" for name in files)
+        self.weights, self.compressor, self.io, self.dmd = (load_file(p) if p.is_file() else {} for p in paths)
+        self.step, self.clean_step = (
+            torch.tensor([self.meta[f"{name}_timestep"]], dtype=torch.float32) for name in ("denoise", "context")
+        )
 
-    @staticmethod
-    def _load(path: Path) -> dict[str, torch.Tensor]:
-        return load_file(path) if path.is_file() else {}
-
-    def _settings(self) -> dict:
+    def _build(self, kind: type[WanTransformer3DModel], weights: dict[str, torch.Tensor], **extra):
         dims = self.meta["dims"]
-        return {
-            "patch_size": tuple(dims["patch_size"]),
-            "num_attention_heads": dims["num_heads"],
-            "attention_head_dim": dims["dim"] // dims["num_heads"],
-            "in_channels": dims["in_dim"],
-            "out_channels": dims["out_dim"],
-            **{key: dims[key] for key in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")},
-        }
-
-    def bidirectional(self) -> WanTransformer3DModel:
-        model = WanTransformer3DModel(**self._settings())
-        model.load_state_dict({wan_to_diffusers(name): tensor for name, tensor in self.weights.items()})
-        return model.eval()
-
-    def causal(self, compressor: str = "identity") -> CausalWanModel:
-        extra = {
-            "text_len": self.meta["dims"]["text_len"],
-            "frames_per_chunk": self.meta["frames_per_chunk"],
-            "compressor": compressor,
-            "compressor_channels": tuple(self.meta["hr_stage_channels"]),
-        }
-        model = CausalWanModel(**self._settings(), **extra)
-        weights = self.weights if compressor == "identity" else {**self.weights, **self.compressor}
+        same = ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")
+        model = kind(
+            patch_size=tuple(dims["patch_size"]),
+            num_attention_heads=dims["num_heads"],
+            attention_head_dim=dims["dim"] // dims["num_heads"],
+            in_channels=dims["in_dim"],
+            out_channels=dims["out_dim"],
+            **{name: dims[name] for name in same},
+            **extra,
+        )
         model.load_state_dict({wan_to_diffusers(name): tensor for name, tensor in weights.items()})
         return model.eval()
+
+    def bidirectional(self) -> WanTransformer3DModel:
+        return self._build(WanTransformer3DModel, self.weights)
+
+    def causal(self, compressor: str = "identity") -> CausalWanModel:
+        meta, weights = self.meta, self.weights if compressor == "identity" else {**self.weights, **self.compressor}
+        return self._build(
+            CausalWanModel, weights, text_len=meta["dims"]["text_len"], frames_per_chunk=meta["frames_per_chunk"],
+            compressor=compressor, compressor_channels=tuple(meta["hr_stage_channels"]),
+        )  # fmt: skip
 
     def cache(self, model: CausalWanModel, **settings) -> PackCache:
         channels = list(self.meta["hr_stage_channels"])
@@ -110,20 +106,22 @@ def whole_clip_cases(golden: Golden) -> Iterator[tuple[str, torch.Tensor]]:
 
 def cached_rollout(golden: Golden, model: CausalWanModel, cache: PackCache) -> torch.Tensor:
     """Per chunk the flow of the noisy latents, then the commit of the clean ones: [B, F, C, H, W]."""
-    flows, prompt = [], golden.io["prompt_embeds"]
-    step = torch.tensor([golden.meta["denoise_timestep"]], dtype=torch.float32)
+    flows = []
     for index in range(golden.meta["num_chunks"]):
         context = cache.context()
-        out = model(golden.chunk("noisy_latents", index), step, prompt, context=context, return_kv=False)
-        flows.append(out.sample)
+        flows.append(flow_of(golden, model, context, index))
         commit(golden, model, cache, context, index)
     return torch.cat(flows, dim=2).transpose(1, 2)
 
 
-def commit(golden: Golden, model: CausalWanModel, cache: PackCache, context, index: int) -> None:
-    step = torch.tensor([golden.meta["context_timestep"]], dtype=torch.float32)
-    kv = model(golden.chunk("clean_latents", index), step, golden.io["prompt_embeds"], context=context).kv
-    cache.commit(kv, context)
+def flow_of(golden: Golden, model: CausalWanModel, context: ChunkContext, index: int, **options) -> torch.Tensor:
+    inputs = golden.chunk("noisy_latents", index), golden.step, golden.io["prompt_embeds"]
+    return model(*inputs, context=context, return_kv=False, **options).sample
+
+
+def commit(golden: Golden, model: CausalWanModel, cache: PackCache, context: ChunkContext, index: int) -> None:
+    inputs = golden.chunk("clean_latents", index), golden.clean_step, golden.io["prompt_embeds"]
+    cache.commit(model(*inputs, context=context).kv, context)
 
 
 def kv_cases(golden: Golden) -> Iterator[tuple[str, torch.Tensor]]:
@@ -170,16 +168,8 @@ def train_cases(golden: Golden, variant: dict) -> Iterator[tuple[str, torch.Tens
     cache, last = golden.cache(model, **pack_settings(variant)), int(io[f"{name}.train.chunk"])
     for index in range(last):
         commit(golden, model, cache, cache.context(), index)
-    step = torch.tensor([golden.meta["denoise_timestep"]], dtype=torch.float32)
     with torch.enable_grad():
-        flow = model(
-            golden.chunk("noisy_latents", last),
-            step,
-            io["prompt_embeds"],
-            context=cache.context(),
-            return_kv=False,
-            train_compressor=True,
-        ).sample
+        flow = flow_of(golden, model, cache.context(), last, train_compressor=True)
         flow.square().mean().backward()
     yield f"{name}.train.flow", flow.detach().transpose(1, 2)
     for parameter, tensor in model.named_parameters():

@@ -3,7 +3,6 @@
 Ranks are forked from one server that has imported everything already, so a rank starts in a fraction of a second.
 """
 
-import inspect
 import json
 import multiprocessing
 import os
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
-from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
 import train
 from model.weights import content_hash
 from pipeline.data.shards import ShardWriter
+from pipeline.load import random_model
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.parallel import whole
 from pipeline.train.state import RoleState
@@ -31,65 +30,43 @@ from utils.sprites.world import caption, sample_spec
 
 CLIPS, FRAMES = 8, 4  # latent frames
 LATENT = (4, FRAMES, tiny.HEIGHT // 8, tiny.WIDTH // 8)  # [C, F, H, W]
+# The seed: from some starts a key bias's gradient is a sum that cancels, which float32 knows to 1e-5 of itself at best.
+CONFIG = """
+seed: 3
+video: {{height: {height}, width: {width}, frames_per_chunk: 2, trained_frames: {frames}}}
+model: {{num_layers: 2, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32, text_dim: 16,
+        text_len: {text_len}, text_layers: 1, text_heads: 2, freq_dim: 16}}
+cache: {{sink: 1, recent: 1, top_k: 1, compressor: {{channels: [4, 8]}}}}
+sampler: {{steps: [1000, 500], shift: 3.0}}
+inference: {{num_output_frames: {frames}}}
+train:
+  max_steps: 5
+  total_batch_size: 4
+  mixed_precision: "no"
+  loss_weighting: none
+  optimizer: {{lr: 1.0e-3, betas: [0.9, 0.999]}}
+  max_grad_norm: 0.5
+  ema_start_step: 1
+  ema_decay: 0.5
+  checkpoint_every: 100
+  sample_frames: {frames}
+  threads: 1
+data: {{kind: latents, path: {root}/latents, vae: {root}/bundle/vae, clip_frames: {pixel_frames}}}
+"""
 
 
 def write_inputs(folder: Path) -> None:
     """A tiny bundle with random latents and the config all toy runs share."""
     tiny.write_bundle(folder / "bundle")
-    _write_score(folder / "teacher", seed=1)
-    _write_score(folder / "critic", seed=2)  # unlike the teacher, or their difference is all rounding
+    shape = dict(tiny.transformer().config)
+    for seed, score in enumerate(("teacher", "critic"), 1):  # unlike each other, or their difference is all rounding
+        random_model(WanTransformer3DModel, shape, seed).save_pretrained(folder / score)
     clips = folder / "latents" / "clips"
     latents = torch.stack([keyed_randn(LATENT, "clip", i) for i in range(CLIPS)]).half()
     writer = ShardWriter(clips, "clips", {"vae": content_hash(folder / "bundle" / "vae")}, 1, World())
     writer.write(0, {"latents": latents}, [{"caption": caption(sample_spec(0, i))} for i in range(CLIPS)])
-    config = {
-        # From some starts a key bias's gradient is a sum that cancels, which float32 knows to 1e-5 of itself at best.
-        "seed": 3,
-        "video": {"height": tiny.HEIGHT, "width": tiny.WIDTH, "frames_per_chunk": 2, "trained_frames": FRAMES},
-        "model": {
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "ffn_dim": 32,
-            "text_dim": 16,
-            "text_len": tiny.TEXT_LEN,
-            "text_layers": 1,
-            "text_heads": 2,
-            "freq_dim": 16,
-        },
-        "cache": {"sink": 1, "recent": 1, "top_k": 1, "compressor": {"channels": [4, 8]}},
-        "sampler": {"steps": [1000, 500], "shift": 3.0},
-        "inference": {"num_output_frames": FRAMES},
-        "train": {
-            "max_steps": 5,
-            "total_batch_size": 4,
-            "mixed_precision": "no",
-            "loss_weighting": "none",
-            "optimizer": {"lr": 1e-3, "betas": [0.9, 0.999]},
-            "max_grad_norm": 0.5,
-            "ema_start_step": 1,
-            "ema_decay": 0.5,
-            "checkpoint_every": 100,
-            "sample_frames": FRAMES,
-            "threads": 1,
-        },
-        "data": {
-            "kind": "latents",
-            "path": str(folder / "latents"),
-            "vae": str(folder / "bundle" / "vae"),
-            "clip_frames": 4 * FRAMES - 3,
-        },
-    }
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
-
-
-def _write_score(folder: Path, seed: int) -> None:
-    student = tiny.transformer()
-    known = inspect.signature(WanTransformer3DModel.__init__).parameters
-    shape = {key: value for key, value in student.config.items() if key in known}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        WanTransformer3DModel(**shape).save_pretrained(folder)
+    sizes = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "frames": FRAMES, "pixel_frames": 4 * FRAMES - 3}
+    (folder / "config.yaml").write_text(CONFIG.format(root=folder, text_len=tiny.TEXT_LEN, **sizes))
 
 
 def stage_overrides(folder: Path, stage: str) -> list[str]:

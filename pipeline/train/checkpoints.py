@@ -118,10 +118,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, by file; None where it is whole.
-
-    One without checksums, of an earlier version, is held against its index alone.
-    """
+    """What is wrong with a checkpoint, by file; None where it is whole. One without checksums, of an earlier version,
+    is held against its index alone."""
     for name in (_INFO, _CONFIG, _INDEX):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -143,10 +141,8 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole, and what is wrong with each that is newer.
-
-    Raises `ConfigError` where there are checkpoints, but none is whole.
-    """
+    """The newest checkpoint that is whole, and what is wrong with each that is newer. Raises `ConfigError` where there
+    are checkpoints, but none is whole."""
     damaged: dict[Path, str] = {}
     for path in reversed(list_checkpoints(folder)):
         problem = find_damage(path)
@@ -170,10 +166,8 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_into(checkpoint: Path, tensors: dict[str, Any]) -> None:
-    """Fill `tensors` (nested dicts; shards get their part) from a checkpoint, by name. All ranks call it.
-
-    Raises `ConfigError` where the checkpoint has other tensors.
-    """
+    """Fill `tensors` (nested dicts; shards get their part) from a checkpoint, by name. All ranks call it. Raises
+    `ConfigError` where the checkpoint has other tensors."""
     try:
         dcp.load(tensors, storage_reader=_Reader(checkpoint))
     except CheckpointException as error:
@@ -217,10 +211,8 @@ class Checkpoints:
         return DefaultStager(StagingOptions(gpu, use_shared_memory=False, use_non_blocking_copy=gpu))
 
     def newest(self) -> Path | None:
-        """The checkpoint to go on from. Damaged ones that are newer are named in the log and set aside.
-
-        Raises `ConfigError` where none is whole.
-        """
+        """The checkpoint to go on from. Damaged ones that are newer are named in the log and set aside. Raises
+        `ConfigError` where none is whole."""
         found: tuple[Path | None, str | None] = None, None
         if self.world.is_main:
             try:

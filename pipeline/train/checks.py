@@ -15,10 +15,8 @@ GIB = 2**30
 
 
 def check_run(config: Config, world: World, logdir: Path, save: bool) -> None:
-    """All checks. Raises `ConfigError`, in one line, for the first that fails.
-
-    `logdir`: where checkpoints would go; `save`: whether there will be any.
-    """
+    """All checks. Raises `ConfigError`, in one line, for the first that fails. `logdir`: where checkpoints would go;
+    `save`: whether there will be any."""
     check_plan(config, world.size)
     check_ranks(config, world)
     METHODS[config.train.stage].check(config)

@@ -157,10 +157,8 @@ def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 class ClipStage(GeneratorStage):
-    """A stage on cached clips, in `clips`; of its own are a `loss` and, as `start`, a model.
-
-    `per_chunk`: as `FlowMatching` has it.
-    """
+    """A stage on cached clips, in `clips`; of its own are a `loss` and, as `start`, a model. `per_chunk`: as
+    `FlowMatching` has it."""
 
     per_chunk = True
 

@@ -10,10 +10,8 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.T
 
 
 def kl_gradient(x0: torch.Tensor, fake_x0: torch.Tensor, real_x0: torch.Tensor) -> torch.Tensor:
-    """Normalised gradient of the reverse KL with respect to x0 (DMD, arXiv 2311.18828, eq. 7 and 8).
-
-    (fake_x0 - real_x0) / mean|x0 - real_x0|, the mean per sample; nan becomes 0. All [B, C, F, H, W].
-    """
+    """Normalised gradient of the reverse KL with respect to x0 (DMD, arXiv 2311.18828, eq. 7 and 8). (fake_x0 -
+    real_x0) / mean|x0 - real_x0|, the mean per sample; nan becomes 0. All [B, C, F, H, W]."""
     scale = (x0 - real_x0).abs().mean(dim=tuple(range(1, x0.ndim)), keepdim=True)
     return torch.nan_to_num((fake_x0 - real_x0) / scale)
 

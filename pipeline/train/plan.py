@@ -8,9 +8,7 @@ from utils.config import Config, PhaseConfig
 @dataclass(frozen=True)
 class StepPlan:
     """How many samples every step takes: per rank and micro-step `batch_size(step)`, ranks x accumulation of them.
-
-    `taken_elsewhere`: samples that steps before a resume took more than they would have with this number of ranks.
-    """
+    `taken_elsewhere`: samples that steps before a resume took more than they would have with this number of ranks."""
 
     config: Config
     world_size: int

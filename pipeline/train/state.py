@@ -18,11 +18,9 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def build_optimizers(module: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices inside the transformer blocks and AdamW for the rest.
-
-    Vectors (norms, biases, the rows of modulation tables) get no weight decay. Sharded and whole parameters are in
-    groups of their own, as fused updates take no mixture.
-    """
+    """AdamW, or Muon for the matrices inside the transformer blocks and AdamW for the rest. Vectors (norms, biases, the
+    rows of modulation tables) get no weight decay. Sharded and whole parameters are in groups of their own, as fused
+    updates take no mixture."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     by_muon = [p for name, p in named if config.kind == OptimizerKind.muon and "blocks." in name and p.ndim == 2]
     chosen = {id(p) for p in by_muon}

@@ -55,10 +55,8 @@ class TextConditioning:
     @classmethod
     def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
         """From `data.text_embeddings`, or `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of
-        width `model.text_dim`. `text_len`: tokens that the DiT takes.
-
-        Raises `ConfigError` where these are not there, or stored embeddings lack a prompt that training would ask for.
-        """
+        width `model.text_dim`. `text_len`: tokens that the DiT takes. Raises `ConfigError` where these are not there,
+        or stored embeddings lack a prompt that training would ask for."""
         train, model, folder = config.train, config.model, None
         if train.text_from is not None:
             folder = need_folder(train.text_from, "train.text_from", " and ".join(PARTS))

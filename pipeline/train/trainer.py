@@ -45,53 +45,32 @@ class TrainingDivergedError(RuntimeError):
 
 
 class Trainer:
-    """Runs a stage from its last checkpoint in `logdir`, or from the start.
-
-    Args:
-        config: settings; `train` and `seed` are read here.
-        stage: what is trained.
-        world: this process's place among the ranks.
-        logdir: the run's folder.
-        tracker: where numbers go.
-        save: write checkpoints and exports.
-        visualize: write sample videos.
-    """
+    """Runs a stage from its last checkpoint in `logdir`, or from the start; `save`: checkpoints and, at the end, the
+    bundle; `visualize`: sample videos."""
 
     def __init__(
-        self,
-        config: Config,
-        stage: Stage,
-        world: World,
-        logdir: Path,
-        tracker: Tracker,
-        device: torch.device,
-        save: bool = True,
-        visualize: bool = True,
-    ):
+        self, config: Config, stage: Stage, world: World, logdir: Path, tracker: Tracker, device: torch.device,
+        save: bool = True, visualize: bool = True,
+    ):  # fmt: skip
         self.config, self.stage, self.world, self.logdir, self.tracker = config, stage, world, logdir, tracker
         self.device, self.save, self.visualize = device, save, visualize
         train = config.train
         self.plan = StepPlan(config, world.size)
         self.sharded = prepare_stage(stage, config, world, device)
         self.meter = FlopMeter([*stage.modules.values(), *stage.targets.values(), *stage.frozen_modules()], device)
-        self.states = {
-            role: RoleState(
-                module,
-                stage.optimizer(role) or train.optimizer,
-                train.max_steps,
-                train.ema_decay,
-                train.ema_start_step if stage.keeps_ema(role) else None,
-                stage.targets.get(role),
-                stage.parts(role),
-            )
-            for role, module in stage.modules.items()
-        }
+        self.states = {role: self._new_state(role) for role in stage.modules}
         self.step = 0
         self.skipped = 0  # steps without an update, over the whole run
         self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
         self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world, device)
         self.saved_step = self._resume()  # of the last checkpoint
         tracker.start(self.step)
+
+    def _new_state(self, role: str) -> RoleState:
+        stage, train = self.stage, self.config.train
+        ema_start = train.ema_start_step if stage.keeps_ema(role) else None
+        return RoleState(stage.modules[role], stage.optimizer(role) or train.optimizer, train.max_steps,
+                         train.ema_decay, ema_start, stage.targets.get(role), stage.parts(role))  # fmt: skip
 
     def ema(self) -> Weights | None:
         """EMA weights of the roles, once they exist."""
@@ -100,9 +79,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to `train.max_steps`, then export; after SIGINT or SIGTERM to any rank save a checkpoint and leave.
-
-        Raises `TrainingDivergedError`.
-        """
+        Raises `TrainingDivergedError`."""
         what_now = "finishing this step" + ", then saving a checkpoint" * self.save
         with noted_signals(what_now) as asked:
             try:
@@ -161,11 +138,8 @@ class Trainer:
     def _written_once(self, write: Callable[[Path | None], Result], folder: Path) -> Result | None:
         """Let the stage write to `folder` on the first rank. Where weights are sharded the others take part without a
         folder, as forwards and gathering are collective."""
-        result = None
-        if self.world.is_main:
-            result = write(folder)
-        elif self.sharded:
-            write(None)
+        main = self.world.is_main
+        result = write(folder if main else None) if main or self.sharded else None
         barrier(self.world)
         return result
 
@@ -255,11 +229,14 @@ class Trainer:
 
     def _tensors(self, with_rng: bool) -> dict[str, Any]:
         tensors = {"roles": {role: state.tensors() for role, state in self.states.items()}}
-        if with_rng:
-            tensors["rng"] = {f"cpu-{self.world.rank}": torch.get_rng_state()}
-            if self.device.type == "cuda":
-                tensors["rng"][f"cuda-{self.world.rank}"] = torch.cuda.get_rng_state()
-        return tensors
+        return tensors | ({"rng": self._rng()} if with_rng else {})
+
+    def _rng(self) -> dict[str, torch.Tensor]:
+        """This rank's states of torch's own generators."""
+        states = {f"cpu-{self.world.rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"cuda-{self.world.rank}"] = torch.cuda.get_rng_state()
+        return states
 
     def _resume(self) -> int | None:
         """Go on from the last checkpoint; returns its step, None where there is none."""
@@ -276,10 +253,8 @@ class Trainer:
         same_ranks = info["ranks"] == self.world.size
         tensors = self._tensors(with_rng=same_ranks)
         read_into(path, tensors)
-        if same_ranks:
-            torch.set_rng_state(tensors["rng"][f"cpu-{self.world.rank}"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(tensors["rng"][f"cuda-{self.world.rank}"])
+        for name, state in tensors.get("rng", {}).items():
+            (torch.cuda.set_rng_state if name.startswith("cuda") else torch.set_rng_state)(state)
         self.step, self.skipped, self.bad_in_a_row = info["step"], info["skipped"], dict(info["bad_in_a_row"])
         elsewhere = info["samples"] - self.plan.samples_before(self.step)
         self.plan = replace(self.plan, taken_elsewhere=elsewhere)

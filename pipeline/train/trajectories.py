@@ -36,10 +36,8 @@ def student_steps(config: Config) -> torch.Tensor:
 
 
 def grid_points(config: Config) -> list[int]:
-    """Which of the `ode.grid_steps` Euler steps start at the student's timesteps.
-
-    Raises `ConfigError` for a timestep that is not on the grid.
-    """
+    """Which of the `ode.grid_steps` Euler steps start at the student's timesteps. Raises `ConfigError` for a timestep
+    that is not on the grid."""
     grid = NUM_TIMESTEPS * FlowMatchSchedule(config.sampler.shift).euler_sigmas(config.ode.grid_steps)[:-1]
     points = []
     for step, timestep in zip(config.sampler.steps, student_steps(config).tolist(), strict=True):

@@ -58,11 +58,9 @@ def build_vae(config: VAEConfig) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def initialise(vae: AutoencoderKLWan, initial_logvar: float) -> None:
-    """Start near a per-frame network with quiet residual branches and a quiet posterior.
-
-    The default start leaves a small model of this class stuck for hours: random past taps blur every frame with its
-    predecessors, and a posterior as wide as the prior hides the signal.
-    """
+    """Start near a per-frame network with quiet residual branches and a quiet posterior. The default start leaves a
+    small model of this class stuck for hours: random past taps blur every frame with its predecessors, and a posterior
+    as wide as the prior hides the signal."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.zeros_(module.bias)
@@ -94,22 +92,15 @@ def _keep_frames(conv: WanCausalConv3d) -> None:
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and deviation per latent channel over clips [batch, 3, 1 + 4n, height, width], for the VAE's config.
-
-    The deviation is that of sampled latents, posterior variance included: a channel that carries nothing keeps its unit
-    deviation instead of having its residue blown up to it. Raises ValueError for no clips at all.
-    """
-    count, total, squares = 0, torch.zeros(vae.config.z_dim).double(), torch.zeros(vae.config.z_dim).double()
+    """Mean and std per latent channel over clips of one size [batch, 3, 1 + 4n, height, width], for the VAE's config.
+    The std is that of sampled latents, posterior variance included: a channel that carries nothing keeps its unit std
+    instead of having its residue blown up to it."""
+    moments = []  # of every clip, mean and mean square per channel [2, z]
     for clip in clips:
-        mean, logvar = encode_moments(vae, clip)  # each [B, z, 1+n, h, w]
-        mean, variance = mean.double(), logvar.double().exp()
-        count += mean.numel() // mean.shape[1]
-        total += mean.sum(dim=(0, 2, 3, 4))
-        squares += (mean.square() + variance).sum(dim=(0, 2, 3, 4))
-    if count == 0:
-        raise ValueError("latent statistics need at least one clip")
-    centre = total / count
-    return centre.tolist(), (squares / count - centre.square()).sqrt().tolist()
+        mean, logvar = (x.double() for x in encode_moments(vae, clip))  # [B, z, 1+n, h, w]
+        moments.append(torch.stack((mean, mean.square() + logvar.exp())).mean(dim=(1, 3, 4, 5)))
+    mean, square = torch.stack(moments).mean(0)  # [z] each
+    return mean.tolist(), (square - mean.square()).sqrt().tolist()
 
 
 @method("vae")
@@ -146,10 +137,8 @@ class VAEStage(Stage):
         return (vae.crop_height, vae.crop_width) if step < vae.crop_steps else (video.height, video.width)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        """video [B, 3, 1+4n, H, W] in -1..1 and noise [B, z, 1+n, H/8, W/8] of the posterior, both float32.
-
-        Clips show one to `vae.max_sprites` sprites, each of a training clip of its own: more edges and colours a frame.
-        """
+        """video [B, 3, 1+4n, H, W] in -1..1 and noise [B, z, 1+n, H/8, W/8] of the posterior, both float32. Clips show
+        one to `vae.max_sprites` sprites, each of a training clip of its own: more edges and colours a frame."""
         clips = [self._draw(step, index) for index in sample_indices]
         video = to_video(np.stack(clips)).to(self.device)
         (frames, height, width), stride = video.shape[2:], self.vae.config.scale_factor_spatial
