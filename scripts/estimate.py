@@ -59,9 +59,7 @@ DEVICES = {
 }
 
 
-def measure(
-    config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None, role: str = ""
-) -> list:
+def measure(config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None) -> list:
     """`Phase`s of a part at full depth, or with at most `most_layers`."""
     from scripts import estimate_parts as parts
     from scripts.stand_ins import at_depth, shallow, transformer_settings
@@ -76,7 +74,7 @@ def measure(
         ready = [at_depth(config, place, depth) for place, depth in zip(folders, depths, strict=True)]
         with fake_device(counts, world.size) as mode, parts.on_fake_models(mode):
             for small, place in zip(ready, folders, strict=True):
-                found.append(list(parts.RUNS[part](small, mode, world, place, *([role] if role else []))))
+                found.append(list(parts.RUNS[part](small, mode, world, place)))
                 counts.forget()
     if len(found) == 1:
         return found[0]
@@ -199,7 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(", ".join(f"{name} {size:.1f}" for name, size in own.items()), f"; in all {sum(own.values()):.1f}\n")
         print(json.dumps({"config": arguments.config_path, "part": part, "world": world.size, "host_gib": own}))
         return
-    phases = measure(config, part, world, arguments.exact, role=arguments.role)
+    phases = measure(config, part, world, arguments.exact)
     found = summary(config, part, phases, device, arguments.reserve)
     if arguments.markdown:
         print_rows(found, f"{Path(arguments.config_path).stem} x {size}", part)
@@ -219,7 +217,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("matmul", "attention", "bandwidth", "link", "memory"):
         parser.add_argument(f"--{name}", type=float, help="in place of the device's")
     parser.add_argument("--reserve", type=float, default=3.0, help="GiB that the counted memory leaves out")
-    parser.add_argument("--role", default="", help="train: this role's update only")
     parser.add_argument("--markdown", action="store_true", help="rows of a table in place of tables and JSON")
     parser.add_argument("--exact", action="store_true", help="all layers")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from unittest import mock
@@ -52,7 +52,6 @@ class Phase:
     by_operation: dict[str, float]
     comm: dict[str, list[float]]  # kind -> [calls, bytes]
     syncs: dict[str, float]
-    more: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, counts: Counts) -> "Phase":
@@ -64,7 +63,6 @@ class Phase:
             dict(counts.by_operation),
             {kind: list(found) for kind, found in counts.comm.items()},
             dict(counts.syncs),
-            {"operations": counts.calls, "pinned": counts.pinned},
         )
         counts.new_phase()
         return made
@@ -180,9 +178,7 @@ def ran_micros(config: Config) -> int:
     return min(2, config.train.gradient_accumulation)
 
 
-def train(
-    config: Config, mode: OnDevice, world: World, folder: Path, only: str | None = None
-) -> Iterator[Phase]:
+def train(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
     """One update of every role, its rollouts as long as they get, two of the denoising steps in each chunk."""
     config = replace(config, train=replace(config.train, gradient_accumulation=ran_micros(config)))
     trainer = in_training(config, mode.counts, world, folder)
@@ -192,7 +188,7 @@ def train(
         stage.num_chunks = lambda role, step: stage.max_chunks
         mode.counts.watch_module(stage.teacher, "real_score")
         mode.counts.watch_module(stage.critic, "fake_score")
-    for role in [role for role in stage.modules if only in (None, role)]:
+    for role in stage.modules:
         with part(role):
             trainer.update_role(role)
         yield Phase.of(role, mode.counts)
@@ -261,11 +257,7 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
         rollout.sampler = config.sampler
         mode.counts.new_phase()
         ((_, latents),) = rollout.run(1)
-        phase = Phase.of("chunk", mode.counts)
-        report = cache.report()
-        attended = sum(report[name]["bytes"] for name in ("sink", "mid", "recent"))
-        phase.more |= {"attended_bytes": attended, "chunks": chunks}
-        yield phase
+        yield Phase.of("chunk", mode.counts)
         with part("vae"):
             decoder = StreamingDecoder(vae)
             for _ in range(2):  # the first latent frame of a video is another case

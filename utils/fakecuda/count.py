@@ -41,7 +41,6 @@ class Counts(Stopwatch):
         self.now = self.peak = self.host = 0
         self.by_label: Counter = Counter()
         self.density: dict[tuple[int, int], float] = {}  # (queries, keys) -> share that a mask leaves
-        self.odd_attention: Counter = Counter()
         self.new_phase()
 
     def new_phase(self) -> None:
@@ -52,12 +51,11 @@ class Counts(Stopwatch):
         self.flops = {"matmul": Counter(), "attention": Counter()}  # kind -> label -> FLOPs
         self.moved, self.by_operation = Counter(), Counter()  # bytes by label, by operation
         self.comm: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # kind -> [calls, bytes]
-        self.syncs, self.pinned, self.calls = Counter(), 0, 0
+        self.syncs: Counter = Counter()
 
     def forget(self) -> None:
         """Forget all memory too: what comes next is another run."""
         self._storages, self.now, self.host, self.by_label = {}, 0, 0, Counter()
-        self.odd_attention.clear()
         self.new_phase()
 
     @property
@@ -128,7 +126,6 @@ class Counts(Stopwatch):
 
     def operation(self, packet, args: tuple, kwargs: dict, inputs: list, outputs: list, out) -> None:
         """One operation with inputs and outputs on the fake device."""
-        self.calls += 1
         if packet in flop_registry:
             name = packet.__name__
             kind = "attention" if "attention" in name else "matmul"
@@ -186,8 +183,6 @@ class OnDevice(TorchDispatchMode):
         if packet in MATMULS and len({x.dtype for x in leaves}) > 1:  # kernels refuse a mixture, fake ones do not
             raise RuntimeError(f"{func}: operands of {[(tuple(x.shape), x.dtype) for x in leaves]}")
         out = func(*args, **kwargs)
-        if not sharded and pinned:
-            self.counts.pinned += out.nbytes
         found = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         local = [x._local_tensor if isinstance(x, DTensor) else x for x in found]
         local = [x for x in local if isinstance(x, FakeTensor)]

@@ -120,10 +120,6 @@ def _replacements(counts: Counts) -> Iterator[tuple[object, str, object]]:
     yield from ((dist, name, gives(None)) for name in ("barrier", "new_group"))
     yield dist, "broadcast_object_list", gives(None)
 
-    def pin_memory(tensor: torch.Tensor, *args) -> torch.Tensor:
-        counts.pinned += tensor.nbytes
-        return tensor
-
     def tolist(tensor: torch.Tensor):
         if not isinstance(tensor, FakeTensor):
             return real_tolist(tensor)
@@ -140,11 +136,11 @@ def _replacements(counts: Counts) -> Iterator[tuple[object, str, object]]:
         return result
 
     real_tolist, real_resize = torch.Tensor.tolist, torch.UntypedStorage.resize_
-    yield torch.Tensor, "pin_memory", pin_memory
+    yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
     yield torch.Tensor, "tolist", tolist
     yield torch.UntypedStorage, "resize_", resize
     yield torch.nn.Module, "_apply", _apply
-    yield F, "scaled_dot_product_attention", _sdpa(counts)
+    yield F, "scaled_dot_product_attention", _attend
     yield F, "rms_norm", _rms_norm
 
 
@@ -171,25 +167,17 @@ def _rms_norm(x, shape, weight=None, eps=None):
 real_rms_norm = F.rms_norm
 
 
-def _sdpa(counts: Counts) -> Callable:
-    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """As CUDA would: autocast's cast, then a flash kernel for half precision; else the memory-efficient one."""
-        if torch.is_autocast_enabled("cuda") and query.is_cuda:
-            half = torch.get_autocast_dtype("cuda")
-            query, key, value = (x.to(half) if x.dtype == torch.float32 else x for x in (query, key, value))
-        kinds = {query.dtype, key.dtype, value.dtype}
-        if len(kinds) > 1:
-            raise RuntimeError(f"scaled_dot_product_attention: query, key and value are of {kinds}")
-        if query.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
-            return aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )[0]
-        counts.odd_attention[f"{counts.label}: {query.dtype}, {'a mask' if attn_mask is not None else 'no mask'}"] += 1
-        bias = None
-        if attn_mask is not None:
-            bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
-        )[0]
-
-    return attend
+def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """As CUDA would: autocast's cast, then a flash kernel for half precision; else the memory-efficient one."""
+    if torch.is_autocast_enabled("cuda") and query.is_cuda:
+        half = torch.get_autocast_dtype("cuda")
+        query, key, value = (x.to(half) if x.dtype == torch.float32 else x for x in (query, key, value))
+    kinds = {query.dtype, key.dtype, value.dtype}
+    if len(kinds) > 1:
+        raise RuntimeError(f"scaled_dot_product_attention: query, key and value are of {kinds}")
+    if query.dtype in (torch.bfloat16, torch.float16) and attn_mask is None:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    bias = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    efficient = aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
