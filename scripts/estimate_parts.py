@@ -251,10 +251,9 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
     if config.cache.kind == CacheKind.full:
         chunks = config.inference.num_output_frames // video.frames_per_chunk
     with torch.no_grad():
-        rollout.sampler = replace(config.sampler, kind="few_step", steps=config.sampler.steps[-1:])
-        for _ in rollout.run(chunks - 1):  # one step each: only the last chunk's cost is asked for
-            pass
-        rollout.sampler = config.sampler
+        latents = torch.zeros(1, model.config.in_channels, video.frames_per_chunk, *size, device=DEVICE)
+        for _ in range(chunks - 1):
+            rollout.commit(latents)
         mode.counts.new_phase()
         ((_, latents),) = rollout.run(1)
         yield Phase.of("chunk", mode.counts)

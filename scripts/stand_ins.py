@@ -29,6 +29,8 @@ def stand_ins(config: Config, folder: Path) -> Config:
     settings, data, dmd = transformer_settings(config), config.data, config.dmd
     vae = {"z_dim": config.model.in_channels, "latents_mean": [0.0] * config.model.in_channels,
            "latents_std": [1.0] * config.model.in_channels}  # fmt: skip
+    if data.stories.count:  # DMD on stories: a rollout of their length
+        dmd = replace(dmd, max_rollout_frames=data.stories.chunks * config.video.frames_per_chunk)
     if dmd.max_rollout_frames not in (None, config.video.trained_frames):
         AutoencoderKLWan(**vae).save_pretrained(folder / "vae")  # re-encodes the first frame of a window
     else:
@@ -50,7 +52,7 @@ def stand_ins(config: Config, folder: Path) -> Config:
         model=replace(config.model, bundle=None, checkpoint=None),
         train=replace(config.train, text_from=None),
         data=replace(data, kind="prompts", path=str(folder / "prompts.txt"), vae=str(folder / "vae"),
-                     text_embeddings=str(folder / "text")),
+                     text_embeddings=str(folder / "text"), stories=StoryConfig()),
         dmd=replace(dmd, **shapes),
     )  # fmt: skip
 
@@ -93,8 +95,7 @@ def at_depth(config: Config, folder: Path, depth: float | int | None) -> Config:
     train = replace(ready.train, init_from=None, ema_start_step=0, phases=ready.train.phases[-1:],
                     sample_every=0, tracker=None)  # fmt: skip
     if config.train.stage not in stages:
-        clips = {"num_clips": 2, "stories": StoryConfig()}
-        ready = replace(ready, data=replace(ready.data, kind="latents", path=str(folder), **clips))
+        ready = replace(ready, data=replace(ready.data, kind="latents", path=str(folder), num_clips=2))
         write_latents(ready, folder)
     if trains_text:
         ready = replace(ready, data=replace(ready.data, text_embeddings=None))
