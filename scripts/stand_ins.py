@@ -1,6 +1,7 @@
 """What stands for the files that a config names, where their content does not matter: random or fake weights, noise."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,11 +32,10 @@ def stand_ins(config: Config, folder: Path) -> Config:
            "latents_std": [1.0] * config.model.in_channels}  # fmt: skip
     if data.stories.count:  # DMD on stories: a rollout of their length
         dmd = replace(dmd, max_rollout_frames=data.stories.chunks * config.video.frames_per_chunk)
-    if dmd.max_rollout_frames not in (None, config.video.trained_frames):
-        AutoencoderKLWan(**vae).save_pretrained(folder / "vae")  # re-encodes the first frame of a window
-    else:
-        with init_empty_weights():
-            AutoencoderKLWan(**vae).save_config(folder / "vae")
+    re_encodes = dmd.max_rollout_frames not in (None, config.video.trained_frames)  # the first frame of a window
+    with nullcontext() if re_encodes else init_empty_weights():
+        model = build_vae(config.vae) if data.kind == "sprites" else AutoencoderKLWan(**vae)
+    (model.save_pretrained if re_encodes else model.save_config)(folder / "vae")
     prompts = [f"prompt {number}" for number in range(8)]
     (folder / "prompts.txt").write_text("\n".join(prompts))
     everything = list(dict.fromkeys(fixed_prompts(config) + prompts))
@@ -89,9 +89,6 @@ def at_depth(config: Config, folder: Path, depth: float | int | None) -> Config:
     trains_text = config.train.text_from is None and config.data.text_embeddings is None
     stages = ("vae", "dmd", None)
     ready = stand_ins(replace(config, dmd=replace(config.dmd, **scores)), folder)
-    if config.data.kind == "sprites":
-        with init_empty_weights():
-            build_vae(config.vae).save_config(folder / "vae")
     train = replace(ready.train, init_from=None, ema_start_step=0, phases=ready.train.phases[-1:],
                     sample_every=0, tracker=None)  # fmt: skip
     if config.train.stage not in stages:

@@ -1,11 +1,15 @@
 """What a GPU does otherwise than a CPU, against the CPU in float32: kernels, dtypes, pinned memory, sharding. Marked
 `cuda`; without a GPU the same code runs on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import attend, best_backend, clip_mask, matmul_attention
 from pipeline.train import roles
@@ -71,7 +75,9 @@ def test_chunks_with_an_archive_in_host_memory():
     close(rolled_out(DEVICE, torch.bfloat16), expected, 2 * BF16)
 
 
-def test_gradients_of_sharded_weights_on_one_rank(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_sharded_weights_on_one_rank(tmp_path, compiled):
+    """Compiled blocks: as in training, after sharding and under checkpointing."""
     clip, text = randn(1, CHANNELS, 6, *LATENT, seed=0), toy_prompt()
 
     def gradient(model, device):
@@ -86,7 +92,13 @@ def test_gradients_of_sharded_weights_on_one_rank(tmp_path):
     try:
         model, mesh = toy_model(), dist.device_mesh.init_device_mesh(DEVICE.type, (1,))
         shard_model(model, mesh, "no", DEVICE)
+        if compiled:
+            model.train().enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+            for block in model.blocks:
+                block.compile(backend="inductor" if ON_GPU else "aot_eager")
+        graphs = counters["stats"]["unique_graphs"]
         close(gradient(model.to(DEVICE), DEVICE), expected, 5e-3)
+        assert not compiled or counters["stats"]["unique_graphs"] > graphs
     finally:
         dist.destroy_process_group()
 

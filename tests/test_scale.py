@@ -105,15 +105,6 @@ def test_hybrid_sharding_changes_nothing(records, inputs, tmp_path):
     assert_same(torch.load(tmp_path / "hybrid.pt"), records("ar_diffusion")["one"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["ar_diffusion", "dmd"])
-def test_compiled_blocks_in_shards_under_checkpointing_change_nothing(records, inputs, tmp_path, stage):
-    argv = arguments(inputs, tmp_path / "run", *stage_overrides(inputs, stage), *batch_of(2), "train.compile=true",
-                     "train.sharding=full", "train.gradient_checkpointing=true")  # fmt: skip
-    assert finish(start(2, scale_runs.recorded, {"compiled": argv}, tmp_path)) == [0] * 2
-    assert_same(torch.load(tmp_path / "compiled.pt"), records(stage)["one"])
-
-
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_ranks(records, inputs, tmp_path, before, after):
     for ranks, steps in ((before, 3), (after, 5)):
