@@ -1,7 +1,7 @@
 """Estimates of the shipped configs with two layers, to compare with those in tests/data/estimates.json.
 
     python -m tests.estimates configs/a.yaml configs/b.yaml   # prints JSON: config -> part -> GiB
-    python -m tests.estimates --write                         # all shipped configs, into the file
+    python -m tests.estimates --write [configs/a.yaml ...]    # into the file, all shipped configs or some
 """
 
 import json
@@ -33,12 +33,12 @@ def estimate(path: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     ensure("tests.estimates", sys.argv[1:])
-    paths = CONFIGS if sys.argv[1:] == ["--write"] else sys.argv[1:]
+    paths = [argument for argument in sys.argv[1:] if argument != "--write"] or CONFIGS
     estimates = {}
     for path in paths:
         estimates[path] = estimate(path)
         print(path, estimates[path], file=sys.stderr, flush=True)
-    if sys.argv[1:] == ["--write"]:
-        STORED.write_text(json.dumps(estimates, indent=1) + "\n")
-    else:
-        print(json.dumps(estimates))
+        if "--write" in sys.argv:
+            known = json.loads(STORED.read_text()) | estimates
+            STORED.write_text(json.dumps({path: known[path] for path in CONFIGS if path in known}, indent=1) + "\n")
+    print(json.dumps(estimates))
