@@ -284,7 +284,7 @@ class CausalWanModel(WanTransformer3DModel):
             return None
         frames = None
         if context.forwards:
-            context.keeps_history = self.training and context.trains_compressor
+            context.keeps_history = self.training and context.trains_compressor and context.may_train
             rotation = context.small_rotation(clean.device)
             frames = [SmallFrame(context, rotation, modulation[:, :1].detach(), text_kv or TextKV())]
         return MidTokens(self._compress(context, clean, low_res)[:, None], [context.chunk], frames)

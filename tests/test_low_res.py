@@ -98,7 +98,7 @@ def test_small_pictures_keep_a_patch(vae, latent):
 
 @torch.no_grad()
 def test_with_guidance_both_branches_see_the_pixels(vae):
-    run = rollout(vae, "lr")
+    run = rollout(vae, "dual")
     run.sampler = SamplerConfig(shift=3.0, guidance=2.0, steps=[1000.0])
     run.prompts = Prompts(toy_prompt(2), toy_prompt(1, seed=7))
     for _, latents in run.run(3):

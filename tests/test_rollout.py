@@ -315,3 +315,18 @@ def test_gradient_may_begin_at_a_later_chunk():
 def test_training_is_few_step_without_guidance(sampler):
     with pytest.raises(ValueError, match="needs sampler.kind=few_step and sampler.guidance=1"):
         generate(sampler, grad_step=0)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_histories_are_kept_only_where_a_gradient_may_come(trains):
+    """Those of compressed chunks that pass through the blocks; a rollout of the critic has none."""
+    with torch.set_grad_enabled(trains):
+        _, rollout = generate(few_step(), model=toy_model().train(), config=toy_config(kv="forward"),
+                              grad_step=0, grad_from=0 if trains else CHUNKS)  # fmt: skip
+    assert bool(rollout.cache.frames) is trains
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("identity", 0), ("hr_spatial", 1)])
+def test_latents_wait_in_the_archive_only_for_a_trained_compressor(kind, kept):
+    _, rollout = generate(few_step(), model=toy_model(compressor=kind), config=toy_config(compressor=kind))
+    assert len(rollout.cache.archive.seen(torch.tensor([0]), torch.device("cpu"))) == kept

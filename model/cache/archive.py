@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from model.cache.precision import Kept, keep
-from model.kv import ChunkKV
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ SHARE = 4  # an automatic capacity takes one part in this many of the memory
 
 
 class Archive:
-    """K, V of compressed chunks per layer, what selection scores them by, and the clean latents they were made of.
+    """K, V of compressed chunks per layer, what selection scores them by, and what a trained compressor made them of.
 
     Args:
         capacity: chunks that may be selected from; None: all. `auto`: as many as the memory holds, and at most 1024.
@@ -46,17 +45,18 @@ class Archive:
 
     @property
     def rows(self) -> int:
-        return self._seen[0].shape[1] if self._seen else 0
+        return self._kv[0][0].codes.shape[1] if self._kv else 0
 
     def row(self, number):
         """Row of the `number`-th chunk that was ever archived (an int, or a tensor of them)."""
         return number if self.size is None else number % self.size
 
-    def write(self, number: int, kv: ChunkKV, mid: list[tuple[torch.Tensor, torch.Tensor]], means) -> None:
-        """Take a chunk's compressed K (un-rotated) and V of every layer, and its `means` [layers, B, h, D] or None."""
-        row, seen = self.row(number), [x for x in (kv.latents, kv.low_res) if x is not None]
+    def write(self, number: int, mid: list[tuple[torch.Tensor, torch.Tensor]], means, seen: list[torch.Tensor]) -> None:
+        """Take a chunk's compressed K (un-rotated) and V of every layer, its `means` [layers, B, h, D] or None, and
+        what a trained compressor saw."""
+        row, key = self.row(number), mid[0][0]
         if row >= self.rows:
-            self._grow(row, seen, means)
+            self._grow(row, key, seen, means)
         for kept, pair in zip(self._kv, mid, strict=True):
             for part, new in zip(kept, pair, strict=True):
                 part[:, row].copy_(keep(new, self._precision))
@@ -64,15 +64,15 @@ class Archive:
             stored[:, row].copy_(new, non_blocking=True)
         if means is not None:
             self._means[:, :, row] = means
-        if kv.latents.is_cuda:
+        if key.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def _grow(self, row: int, seen: list[torch.Tensor], means: torch.Tensor | None) -> None:
+    def _grow(self, row: int, key: torch.Tensor, seen: list[torch.Tensor], means: torch.Tensor | None) -> None:
         rows = max(16, 1 << row.bit_length())
         rows = rows if self.size is None else min(rows, self.size)
-        batch, old = seen[0].shape[0], self._kv
-        pin = seen[0].is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
+        batch, held, old = key.shape[0], self.rows, self._kv
+        pin = key.is_cuda and self.device.type == "cpu"  # so that the way back is asynchronous
 
         def enlarged(tensor, shape, dim, **options):
             new = torch.zeros(*shape[:dim], rows, *shape[dim:], **options)
@@ -89,7 +89,7 @@ class Archive:
         ]
         for new_pair, old_pair in zip(self._kv, old, strict=False):
             for new_part, old_part in zip(new_pair, old_pair, strict=True):
-                new_part[:, : self.rows].copy_(old_part)
+                new_part[:, :held].copy_(old_part)
         self._seen = [
             enlarged(stored, new.shape, 1, dtype=new.dtype, device=self.device, pin_memory=pin)
             for stored, new in zip(self._seen or [None] * len(seen), seen, strict=True)

@@ -107,7 +107,8 @@ class PackCache(CacheState):
             self.archive = Archive(
                 config.mid_capacity, self.layout.recent, len(mid), key, config.archive_device, config.mid_dtype
             )
-        self.archive.write(chunk - self.layout.sink, kv, mid, means)
+        seen = [x for x in (kv.latents, kv.low_res) if x is not None] if self.compressor.trainable else []
+        self.archive.write(chunk - self.layout.sink, mid, means, seen)
 
     def report(self) -> dict[str, dict[str, int]]:
         """Tokens (per layer and sample) and bytes (all layers, the whole batch) of each part for the next chunk.

@@ -40,6 +40,7 @@ class ChunkContext:
         keeps_query: whether its queries are.
         selection: ids chosen so far, by layer; `selected_at`: for which chunk.
         forwards: whether compressed chunks pass through the blocks.
+        may_train: whether a later forward may have a gradient.
         keeps_history: of a compressed chunk that passes, what it attended, to let it pass again with gradient.
     """
 
@@ -54,7 +55,7 @@ class ChunkContext:
         self.uses_compressor = layout.top_k > 0 and cache.compressor.makes_tokens()
         self.trains_compressor = layout.top_k > 0 and cache.compressor.trainable
         self.forwards = config.compressor.kv == CompressedKV.forward
-        self.keeps_history = False
+        self.keeps_history, self.may_train = False, True
         self.keeps_query = cache.scores_recent
         frames = cache.geometry.frames
         compressed = config.temporal == "packed" and config.mid_span == MidSpan.compressed

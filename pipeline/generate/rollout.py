@@ -143,7 +143,7 @@ class Rollout:
             raise ConfigError(f"setting `cache.compressor.kind` is {kind}: it looks at pixels; give the VAE's decoder")
         self.decoder, self.pixels = decoder, None
         self.schedule = FlowMatchSchedule(sampler.shift)
-        self.device = device or model.device
+        self.device, self._dtype = device or model.device, model.dtype  # looked for in all modules, so once
         self._pending: _Pending | None = None
         self.prompts = prompts
         self.mid_tokens_attended = self.offset = 0  # chunks made before the cache was last emptied
@@ -271,11 +271,11 @@ class Rollout:
     def _commit(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
         """`kv`: what the chunk's last step left, in place of a forward over all of its tokens."""
         latents, low_res, timestep = chunk
-        noisy = latents
+        noisy, context.may_train = latents, torch.is_grad_enabled()
         if timestep is not None or self.sampler.context_timestep > 0:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
             noisy = self.schedule.add_noise(latents, self._draw(self.index, -1), timestep)
-        clean = torch.cat([latents] * self.branches).to(self.model.dtype)
+        clean = torch.cat([latents] * self.branches).to(self._dtype)
         step_cache = self.model._cache_config  # FirstBlockCache, PAB, ... of diffusers: for the steps of one chunk
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
@@ -326,7 +326,7 @@ class Rollout:
         **options,
     ) -> CausalWanOutput:
         """All branches through the DiT; with `train` with gradient, the compressor's included."""
-        repeated = torch.cat([latents] * self.branches).to(self.model.dtype)  # [B or 2B, C, F, H, W]
+        repeated = torch.cat([latents] * self.branches).to(self._dtype)  # [B or 2B, C, F, H, W]
         self.timestep = timestep
         step_cache = self.model.cache_context("chunk") if self.model.is_cache_enabled else nullcontext()
         with step_cache, nullcontext() if train else torch.no_grad():
