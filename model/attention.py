@@ -3,6 +3,7 @@
 Shape letters: B batch, L queries, M keys, H heads, D head dim.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -106,6 +107,21 @@ def clip_mask(
         return sees(None, None, index[:, None], index[None, :])[None, None]
 
 
+def exact(device_type: str) -> AbstractContextManager[None]:
+    """Out of autocast, which makes float32 copies of what a kernel takes as it is."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in the dtype of its input, float32 inside: none of the copies that `FP32LayerNorm` makes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, dim] -> [B, L, dim]."""
+        affine = (None if y is None else y.to(x.dtype) for y in (self.weight, self.bias))
+        with exact(x.device.type):
+            return nn.functional.layer_norm(x, self.normalized_shape, *affine, self.eps)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMS norm in the dtype of its input, which autocast on CUDA would make float32, and with it the KV cache; with
     fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
@@ -113,7 +129,7 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, dim] -> [B, L, dim]."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            with torch.autocast(x.device.type, enabled=False):  # one kernel, float32 inside
+            with exact(x.device.type):  # one kernel, float32 inside
                 return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
         scale = torch.rsqrt(squares / x.shape[-1] + self.eps)

@@ -12,9 +12,11 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
+from torch.nn.functional import layer_norm
 
-from model.attention import CausalWanAttnProcessor, RMSNorm, project
+from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, exact, project
 from model.kv import History, LayerKV, MidTokens, TextKV
 from model.rope import Rotation
 
@@ -118,6 +120,9 @@ class CausalWanBlock(WanTransformerBlock):
             attn.set_processor(CausalWanAttnProcessor())
             for norm in (attn.norm_q, attn.norm_k):
                 norm.__class__ = RMSNorm
+        for norm in (self.norm1, self.norm2, self.norm3):
+            if isinstance(norm, FP32LayerNorm):  # not where there is no cross_attn_norm
+                norm.__class__ = LayerNorm
 
     @staticmethod
     def adopt(model: WanTransformer3DModel) -> None:
@@ -183,27 +188,31 @@ class CausalWanBlock(WanTransformerBlock):
         def scaled(base, x, factor):  # base + x * factor in float32, as Wan does, rounded once
             out = None
             if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-                out = x.new_empty(x.shape, dtype=hidden_states.dtype)  # written by the same kernel
-            with torch.autocast(x.device.type, enabled=False):  # which would copy what is not float32
+                out = hidden_states.new_empty(x.shape)  # written by the same kernel
+            with exact(x.device.type):
                 return torch.addcmul(base, x, factor, out=out).flatten(1, 2).type_as(hidden_states)
 
-        def modulate(x, scale, shift):  # [B, L, dim] -> [B, L, dim]
+        def modulate(norm, x, scale, shift):  # [B, L, dim] -> [B, L, dim]
+            if x.device.type == "cpu" and shift.shape[:2] == (1, 1) and not torch.is_grad_enabled():
+                with exact("cpu"):  # whose kernel takes weights of another dtype
+                    return layer_norm(x, x.shape[-1:], 1 + scale.flatten(), shift.flatten(), norm.eps)
+            x = norm(x)
             return scaled(shift[:, :, None], x.unflatten(1, (groups, -1)), 1 + scale[:, :, None])
 
         def residual(x, update, gate):
             x, update = (y.unflatten(1, (groups, -1)) for y in (x, update))  # [B, G, L/G, dim] each
             return scaled(x, update, gate[:, :, None])
 
-        x = modulate(self.norm1(hidden_states.float()), scale, shift)  # [B, L, dim]
+        x = modulate(self.norm1, hidden_states, scale, shift)  # [B, L, dim]
         hidden_states = residual(hidden_states, self.attn1(x, None, mask, rotary_emb, **memory), gate)
 
-        x = self.norm2(hidden_states.float()).type_as(hidden_states)
+        x = self.norm2(hidden_states)
         text, parts = encoder_hidden_states, x
         if text is not None and text.ndim == 4:  # one text for each of G equal parts of the tokens
             parts, text = x.unflatten(1, (text.shape[1], -1)).flatten(0, 1), text.flatten(0, 1)  # [B * G, L / G, dim]
         hidden_states = hidden_states + self.attn2(parts, text, None, None, **memory).reshape(x.shape)
 
-        x = modulate(self.norm3(hidden_states.float()), ffn_scale, ffn_shift)
+        x = modulate(self.norm3, hidden_states, ffn_scale, ffn_shift)
         return residual(hidden_states, self.ffn(x), ffn_gate)
 
 

@@ -54,9 +54,11 @@ class Rotation:
     def __call__(self, x_BLHD: torch.Tensor) -> torch.Tensor:
         """Rotate interleaved channel pairs; computed in float32, returned in the input's dtype.
 
-        Eagerly one complex product, a single pass over memory; under `torch.compile`, which cannot fuse complex
-        numbers, the same in real arithmetic.
+        Eagerly one complex product, a single pass over memory where there is nothing to cast; else, and under
+        `torch.compile`, which cannot fuse complex numbers, the same in real arithmetic.
         """
+        if x_BLHD.is_cuda and x_BLHD.dtype != torch.float32 and not torch.is_grad_enabled():
+            return self._in_passes(x_BLHD)
         pairs = x_BLHD.float().unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
         if torch.compiler.is_compiling():
             even, odd = pairs.unbind(-1)  # [B, L, H, D/2] each
@@ -64,6 +66,14 @@ class Rotation:
         else:
             rotated = torch.view_as_real(torch.view_as_complex(pairs) * self.phase)
         return rotated.flatten(-2).type_as(x_BLHD)  # [B, L, H, D]
+
+    def _in_passes(self, x_BLHD: torch.Tensor) -> torch.Tensor:
+        """Of 16 bits, without float32 copies of all of it."""
+        rotated = torch.empty_like(x_BLHD)
+        (even, odd), out = (x.unflatten(-1, (-1, 2)).unbind(-1) for x in (x_BLHD, rotated))  # [B, L, H, D/2] each
+        torch.addcmul(even * self.cos, odd, self.sin, value=-1, out=out[0])
+        torch.addcmul(even * self.sin, odd, self.cos, out=out[1])
+        return rotated
 
 
 def grid_rotation(times: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, head_dim: int) -> Rotation:

@@ -52,6 +52,7 @@ def test_no_float64_on_a_device_without_it(kind, cache, monkeypatch):
     """The meta device plays one: it runs no kernel, but every operation names its dtype."""
     monkeypatch.setattr(rope, "WITHOUT_FLOAT64", {"meta"})
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(selection, "top_chunks", lambda scores, top_k: torch.arange(top_k)[None])  # no values there
     model = toy_model().to("meta")
     config = toy_config( archive_device="meta", **cache)

@@ -113,6 +113,16 @@ def test_half_precision_is_rotated_in_float32(dtype):
     assert torch.equal(rotation(x), rotation(x.float()).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotation_in_passes_is_the_same(dtype):
+    rotation = chunk_rotation(ChunkGeometry(2, 4, 6), 5.0, 12, torch.device("cpu"))
+    x = randn(2, 12, 3, 12, seed=4).to(dtype)
+    exact = rotation(x.double().float())
+    for rotated in (rotation(x), rotation._in_passes(x)):
+        assert rotated.dtype == dtype
+        torch.testing.assert_close(rotated.float(), exact, atol=0.51 * torch.finfo(dtype).eps * 4, rtol=0)
+
+
 def test_rotation_under_compile_is_the_same():
     x = randn(1, 4, 2, 12, seed=8)
     rotation = time_rotation(axis(0, -1, 2.5, 300), 12)
