@@ -176,7 +176,7 @@ class CausalWanAttnProcessor:
         """
         if attn.is_cross_attention:
             (query,) = project(attn, hidden_states, "q")
-            if memory is None or memory.text_kv is None:
+            if memory is None:
                 key, value = project(attn, encoder_hidden_states, "kv")
             else:
                 key, value = memory.text(attn, encoder_hidden_states)

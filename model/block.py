@@ -3,7 +3,7 @@
 Shape letters: B batch, L tokens, G timestep groups, D head dim, M archived chunks, N_c tokens of a compressed one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers.hooks._helpers import (
@@ -17,15 +17,16 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 from torch.nn.functional import layer_norm
 
 from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, exact, project
-from model.kv import History, LayerKV, MidTokens, TextKV
+from model.kv import History, LayerKV, MidTokens, Pair, Room
 from model.rope import Rotation
 
 
 class Passed:
     """Compressed chunks that have passed through a block. Not a dataclass: of those FSDP gives the block a copy."""
 
-    mid_tokens: MidTokens | None = None
-    new_mid: MidTokens | None = None
+    def __init__(self) -> None:
+        self.mid_tokens: MidTokens | None = None
+        self.new_mid: MidTokens | None = None
 
 
 @dataclass(eq=False)
@@ -37,7 +38,7 @@ class LayerMemory:
         context: `ChunkContext` of the chunk; None for a whole clip.
         mid_tokens: archived chunks whose K, V are made anew, with gradient; None: the archived K, V are taken.
         new_mid: the chunk's own compressed tokens, M = 1.
-        text_kv: memo of the prompts' K, V.
+        remembers_text: whether the prompts' K, V are to be kept.
         leaves: whether the chunk's K, V are wanted.
         is_small: the tokens are those of a compressed chunk, in place of the chunk.
         selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
@@ -45,35 +46,29 @@ class LayerMemory:
         left: filled by the forward; stays None where a hook skips the layer's attention. Given where an earlier forward
             left it and only its compressed K, V are wanted.
         passed: for the next layer.
-
-    Attributes:
-        placed, text_pair: the same as plain tensors, where an earlier forward has settled them; all that a compiled
-            block then reads.
+        room: where keys and values go, where that is settled.
+        text_pair: the prompts' K, V; filled by the forward where not given.
     """
 
     layer: int
     context: History | None = None
     mid_tokens: MidTokens | None = None
     new_mid: MidTokens | None = None
-    text_kv: TextKV | None = None
+    remembers_text: bool = False
     leaves: bool = True
     is_small: bool = False
     selected: torch.Tensor | None = None
     mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
     left: LayerKV | None = None
-    passed: Passed = field(default_factory=Passed)
-
-    def __post_init__(self) -> None:
-        self.placed = None if self.context is None or self.is_small else self.context.placed(self.layer)
-        self.text_pair = self.text_kv[self.layer] if self.text_kv is not None and self.layer in self.text_kv else None
+    passed: Passed | None = None
+    room: Room | None = None
+    text_pair: Pair | None = None
 
     def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""
-        if self.placed is None or not torch.compiler.is_compiling():
+        if self.room is None or not torch.compiler.is_compiling():
             return self._with_history(attn, query, rotated_key, value)
-        keys, values, own = self.placed
-        keys.index_copy_(1, own, rotated_key.type_as(keys))
-        values.index_copy_(1, own, value.type_as(values))
+        keys, values = self.room.attend(query, rotated_key, value)
         return keys.type_as(query), values.type_as(query)
 
     @torch.compiler.disable  # or every layer and chunk would compile anew, as both are constants to the compiler
@@ -99,13 +94,12 @@ class LayerMemory:
 
     def text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """K, V of the prompts [B, text_len, dim]: [B, text_len, heads, D] each."""
-        return self.text_pair or self._text(attn, text)
-
-    @torch.compiler.disable
-    def _text(self, attn, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.layer not in self.text_kv:
-            self.text_kv[self.layer] = project(attn, text, "kv")
-        return self.text_kv[self.layer]
+        if self.text_pair is not None:
+            return self.text_pair
+        pair = project(attn, text, "kv")
+        if self.remembers_text:
+            pair = self.text_pair = tuple(x.detach() for x in pair)
+        return pair
 
 
 class CausalWanBlock(WanTransformerBlock):
@@ -172,8 +166,10 @@ class CausalWanBlock(WanTransformerBlock):
         chunks [B, k] that each attends."""
         hidden, kv = [], []
         for place, (frame, selected) in enumerate(zip(tokens.frames, histories, strict=True)):
-            own = LayerMemory(memory.layer, frame.context, text_kv=frame.text_kv, is_small=True, selected=selected)
+            own = LayerMemory(memory.layer, frame.context, is_small=True, selected=selected, remembers_text=True)
+            own.text_pair = memory.text_pair if tokens is memory.new_mid else frame.text_kv.get(memory.layer)
             run = self._run(tokens.hidden[:, place], text, frame.modulation, frame.rotation, None, own)
+            frame.text_kv[memory.layer] = own.text_pair
             hidden.append(run)
             kv.append((own.left.key, own.left.value))
         key, value = (torch.stack(part, dim=1) for part in zip(*kv, strict=True))

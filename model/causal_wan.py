@@ -26,10 +26,10 @@ from einops import rearrange
 from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
-from model.block import CausalWanBlock, LayerMemory
+from model.block import CausalWanBlock, LayerMemory, Passed
 from model.compressor import COMPRESSORS, embedded_tokens
 from model.geometry import ChunkGeometry
-from model.kv import ChunkKV, MidTokens, SmallFrame, TextKV
+from model.kv import ChunkKV, MidTokens, ReadyHistory, SmallFrame, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,8 @@ class CausalWanModel(WanTransformer3DModel):
             timestep: [B], or [B, F] per frame, in 0..1000.
             encoder_hidden_states: prompt embeddings [B, <= text_len, text_dim]; without a context also one of every
                 chunk [B, chunks, <= text_len, text_dim].
-            context: `ChunkContext` of the chunk, from `PackCache.context()`; use (a).
+            context: `ChunkContext` of the chunk, from `PackCache.context()`; use (a). What its `ready` gives, where the
+                model is compiled as a whole without a break.
             clean_hidden_states: clean latents [B, C, F, H, W]. Without a context: use (b), teacher forcing. With one:
                 what the compressor sees, where that differs from `hidden_states`.
             clean_timestep: [B] or [B, F] of the clean half in (b); 0 by default.
@@ -196,18 +197,23 @@ class CausalWanModel(WanTransformer3DModel):
             mask = make_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
             mid_tokens = new_mid = None
         else:
-            mask, rotation = None, self._read_context(context, x, geometry)
+            if not (torch.compiler.is_compiling() and isinstance(context, ReadyHistory)):
+                context = self._read_context(context, x, geometry)
+            history, context, mask = context, context.context, None
+            rotation = history.rotation
             mid_tokens = self._compress_archived(context) if train_compressor and context.trains_compressor else None
-            wanted = return_kv and compress
-            new_mid = self._compress_own(context, clean, low_res, modulation, text_kv) if wanted else None
+            wanted = return_kv and compress and history.compresses
+            new_mid = self._compress_own(history, clean, low_res, modulation, text_kv) if wanted else None
 
         x = x if kv is None else None
         layers = []
         for layer, block in enumerate(self.blocks):
             memory = None
             if context is not None or text_kv is not None:
-                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv, return_kv)
-                memory.left = None if kv is None else kv.layers[layer]
+                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv is not None, return_kv)
+                memory.passed, memory.left = Passed(), None if kv is None else kv.layers[layer]
+                memory.room = None if context is None else history.rooms[layer]
+                memory.text_pair = None if text_kv is None else text_kv.get(layer)
             arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)  # [B, L, dim]
@@ -215,6 +221,8 @@ class CausalWanModel(WanTransformer3DModel):
                 x = block(*arguments)  # [B, L, dim]
             if memory is not None:
                 layers.append(memory.left)
+                if memory.text_pair is not None:
+                    text_kv[layer] = memory.text_pair
                 mid_tokens, new_mid = memory.passed.mid_tokens or mid_tokens, memory.passed.new_mid or new_mid
                 memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
 
@@ -231,15 +239,16 @@ class CausalWanModel(WanTransformer3DModel):
         return CausalWanOutput(sample=sample, kv=ChunkKV(layers, clean, low_res, frame))
 
     @torch.compiler.disable  # a context is plain Python
-    def _read_context(self, context, x: torch.Tensor, geometry: ChunkGeometry) -> Rotation:
-        """Rotation of the chunk x [B, L, dim]. Raises as `forward`."""
-        context.check_fits(x.shape[0], geometry)
+    def _read_context(self, context, x: torch.Tensor, geometry: ChunkGeometry) -> ReadyHistory:
+        """The history of the chunk x [B, L, dim]. Raises as `forward`."""
+        ready = context if isinstance(context, ReadyHistory) else context.ready(len(self.blocks), x.device)
+        ready.context.check_fits(x.shape[0], geometry)
         for block in self.blocks:
             processor = block.attn1.processor
             if not isinstance(processor, CausalWanAttnProcessor):
                 raise ValueError(f"attention processor {type(processor).__name__} cannot read a chunk's history: "
                                  "set CausalWanAttnProcessor or a subclass of it")  # fmt: skip
-        return context.query_rotation(x.device)
+        return ready
 
     def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """timestep [B, G] -> temb [B, G, dim] and modulation [B, G, 6, dim]."""
@@ -267,7 +276,7 @@ class CausalWanModel(WanTransformer3DModel):
         chunk_ids, seen = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W] and perhaps low_res
         if not chunk_ids:
             return None
-        hidden = self._compress(context, *(x.flatten(0, 1) for x in seen))  # [B * M, N_c, dim]
+        hidden = self._compress(context.cache, *(x.flatten(0, 1) for x in seen))  # [B * M, N_c, dim]
         frames = None
         if context.forwards:
             kept = context.cache.frames
@@ -277,29 +286,27 @@ class CausalWanModel(WanTransformer3DModel):
             frames = [kept[chunk] for chunk in chunk_ids]
         return MidTokens(hidden.unflatten(0, seen[0].shape[:2]), chunk_ids, frames)
 
-    @torch.compiler.disable
-    def _compress_own(self, context, clean, low_res, modulation, text_kv: TextKV | None) -> MidTokens | None:
-        """The chunk's own hidden tokens, where the history will need them; see `forward` and `SmallFrame`."""
-        if not (context.will_be_compressed and context.uses_compressor):
-            return None
-        frames = None
+    def _compress_own(self, history: ReadyHistory, clean, low_res, modulation, text_kv: TextKV | None) -> MidTokens:
+        """The chunk's own hidden tokens; see `forward` and `SmallFrame`."""
+        context, frames = history.context, None
         if context.forwards:
             context.keeps_history = self.training and context.trains_compressor and context.may_train
-            rotation = context.small_rotation(clean.device)
-            frames = [SmallFrame(context, rotation, modulation[:, :1].detach(), text_kv or TextKV())]
-        return MidTokens(self._compress(context, clean, low_res)[:, None], [context.chunk], frames)
+            rotation, memo = context.small_rotation(clean.device), TextKV() if text_kv is None else text_kv
+            frames = [SmallFrame(context, rotation, modulation[:, :1].detach(), memo)]
+        return MidTokens(self._compress(history, clean, low_res)[:, None], [], frames)
 
-    def _compress(self, context, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden tokens [B, N_c, dim] of chunks [B, C, F, H, W] and, for the LR branch, [B, C, f, h, w]."""
-        kind, branches = context.cache.compressor, []
+    def _compress(self, settings, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden tokens [B, N_c, dim] of chunks [B, C, F, H, W] and, for the LR branch, [B, C, f, h, w]. `settings`:
+        whatever has the cache's `compressor` and `mid_grid`."""
+        kind, branches = settings.compressor, []
         if kind.trainable:
             branches.append(self.pack_compressor(latents))
         if kind.needs_pixels:
             if low_res is None:
                 raise ValueError("the compressor looks at pixels: give low_res")
-            branches.append(embedded_tokens(self.patch_embedding, low_res, context.cache.mid_grid))
+            branches.append(embedded_tokens(self.patch_embedding, low_res, settings.mid_grid))
         if kind.pools_tokens:
-            branches.append(embedded_tokens(self.patch_embedding, latents, context.cache.mid_grid))
+            branches.append(embedded_tokens(self.patch_embedding, latents, settings.mid_grid))
         return sum(branches)
 
     def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:

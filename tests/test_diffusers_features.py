@@ -15,6 +15,7 @@ from toy import DIMS, randomize, toy_chunk, toy_prompt
 from model.attention import CausalWanAttnProcessor
 from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan
+from model.kv import TextKV
 
 INPUTS = (toy_chunk(0, frames=6), torch.tensor([500.0]), toy_prompt())
 
@@ -184,6 +185,35 @@ def test_compiled_as_a_whole():
     assert_alike(model, cache, expected)
     before = counts["unique_graphs"]
     roll(model, cache, 6)
+    assert counts["unique_graphs"] == before
+
+
+@pytest.mark.slow
+def test_compiled_as_a_whole_without_a_break():
+    """All forwards of a chunk, from the first one on, which chooses and fills the prompts' memo."""
+    model, cache, _ = make({})
+
+    def run(chunks):
+        cache.reset()
+        found, text_kv = [], TextKV()
+        for index in range(chunks):
+            context = cache.context()
+            for kind, step in enumerate((900.0, 400.0, 0.0)):
+                ready = context.ready(len(model.blocks), torch.device("cpu"))
+                inputs = toy_chunk(index, kind), torch.tensor([step]), toy_prompt()
+                out = model(*inputs, context=ready, return_kv=kind == 2, text_kv=text_kv)
+                found.append(out.sample)
+            cache.commit(out.kv, context)
+        return found
+
+    with torch.no_grad():
+        expected = run(9)
+        torch._dynamo.reset()
+        model.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(run(9), expected, atol=1e-5, rtol=0)
+        counts = torch._dynamo.utils.counters["stats"]
+        before = counts["unique_graphs"]
+        torch.testing.assert_close(run(9), expected, atol=1e-5, rtol=0)
     assert counts["unique_graphs"] == before
 
 

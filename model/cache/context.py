@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 
 from model.cache.positions import Parts, Times
+from model.cache.precision import Kept
 from model.cache.selection import Candidates, affinity
 from model.cache.state import CacheState
 from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
+from model.kv import Pair, ReadyHistory, Room, choices_of
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
 from utils.config import CompressedKV, MidSpan, Refresh
 from utils.timing import timed
@@ -27,8 +29,6 @@ class _Frozen(NamedTuple):
 
 class ChunkContext:
     """The fixed, read-only history of one chunk, resolved layer by layer at its first forward.
-
-    `select` fixes the mid chunks of a layer (with `per_chunk`, once), `extend` gives the layer's keys and values.
 
     A forward with gradient keeps hold of what it attended: activation checkpointing runs its blocks again in the
     backward pass, which may come after this and later chunks are committed.
@@ -65,7 +65,7 @@ class ChunkContext:
         self.selection: dict[int, torch.Tensor] = {}
         self._frozen: dict[tuple[int, bool], _Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None
-        self._own: torch.Tensor | None = None
+        self._own = self._choices = None  # see `Room`
         self.selected_at = self.chunk
         made_for, previous = cache._last_selection
         lasts = config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval
@@ -74,6 +74,10 @@ class ChunkContext:
         ):
             self.selection, self.selected_at = dict(previous), made_for
 
+    @property
+    def _is_current(self) -> bool:
+        return self.cache.num_chunks == self.chunk and self.cache.layers is self._layers
+
     def check_fits(self, batch: int, geometry: ChunkGeometry) -> None:
         """Raise RuntimeError where this chunk is committed already, ValueError for latents of other sizes."""
         self.check_current()
@@ -81,10 +85,6 @@ class ChunkContext:
             raise ValueError(f"latents have {geometry}: the cache was made for {self.cache.geometry}")
         if self.cache.layers and self.cache.layers[0].keys.shape[0] != batch:
             raise ValueError(f"batch is {batch}: the cache holds {self.cache.layers[0].keys.shape[0]} videos")
-
-    @property
-    def _is_current(self) -> bool:
-        return self.cache.num_chunks == self.chunk and self.cache.layers is self._layers
 
     def check_current(self) -> None:
         """Raise RuntimeError where the chunk of this context is committed already, or the cache was reset."""
@@ -106,11 +106,8 @@ class ChunkContext:
 
     @timed("select_rotate")
     def select(self, layer: int, query: torch.Tensor) -> torch.Tensor:
-        """Ids of the mid chunks this layer attends, in time order: int64 [B, k].
-
-        Args:
-            query: un-rotated queries of the current chunk [B, n, heads, D]; scored where the selection needs them.
-        """
+        """Ids of the mid chunks this layer attends, in time order: int64 [B, k]. `query`: un-rotated, of the current
+        chunk [B, n, heads, D], scored where the selection needs it."""
         recomputed = torch.is_grad_enabled() and not self._is_current
         if recomputed and (layer, False) in self._frozen:
             return self._frozen[layer, False].selected
@@ -149,17 +146,14 @@ class ChunkContext:
         value: torch.Tensor,
         mid: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the history and the current chunk, for one attention call.
+        """K, V [B, history + n, heads, D] of the history and the current chunk. Without gradient they are views of the
+        workspace, valid until the layer's next forward; with gradient or `mid` fresh tensors.
 
         Args:
             selected: [B, k] from `select`.
             key, value: the current chunk's, key rotated: [B, n, heads, D].
             mid: K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, recomputed with gradient; None: the
                 archived ones.
-
-        Returns:
-            K, V [B, history + n, heads, D]. Without gradient they are views of the workspace, valid until the layer's
-            next forward; with gradient or `mid` fresh tensors.
         """
         if torch.is_grad_enabled() or mid is not None:
             return self._assemble(layer, selected, key, value, mid)
@@ -173,23 +167,53 @@ class ChunkContext:
         return workspace.attend(own, self._slots, selected.shape[1] * cache.mid_tokens, key, value)
 
     @property
+    def stays(self) -> bool:
+        """Whether what is placed stays so between forwards."""
+        return all(workspace.stays for workspace in self.cache.layers)
+
+    def ready(self, layers: int, device: torch.device) -> ReadyHistory:
+        """For the next forward; without gradient, where keys stay in place, what needs no queries is placed now."""
+        self.check_current()
+        cache, rooms = self.cache, [None] * layers
+        settled = self.stays and not (torch.is_grad_enabled() or self.forwards)
+        if settled and self.chunk == 0:
+            rooms = [Room()] * layers
+        elif settled:
+            if self._choices is None:
+                tokens, start = cache.geometry.tokens, cache.layout.slot(self.chunk) * cache.geometry.tokens
+                self._own = torch.arange(start, start + tokens, device=device)
+                self._choices = choices_of(self, layers)
+            rooms = [self._room(layer) for layer in range(layers)]
+        compresses = self.will_be_compressed and self.uses_compressor
+        rotation = self.query_rotation(device)
+        return ReadyHistory(self, rotation, rooms, compresses, cache.compressor, cache.mid_grid)
+
+    def _room(self, layer: int) -> Room:
+        selected, mid_tokens = self.selection.get(layer), self.attended_mid_tokens()
+        workspace, mid = self.cache.layers[layer], None
+        if selected is not None and mid_tokens:
+            mid = selected, self.times
+        if not workspace.in_place(self.chunk, mid):
+            self._place(layer, mid)
+        prefix = workspace.prefix(self._slots, mid_tokens)
+        if mid is not None or not mid_tokens:
+            return Room(*prefix, self._own)
+        return Room(*prefix, self._own, mid_tokens, self._choices[layer])
+
+    @torch.no_grad()
+    def chosen_mid(self, layer: int, query: torch.Tensor) -> Pair:
+        """Rotated K, and V, [B, k * N_c, heads, D] of the mid chunks that the chunk's queries choose for its layer."""
+        selected = self.select(layer, query)
+        self.cache.layers[layer].mid_for = selected, self.times
+        return self._rotated_mid(layer, selected)
+
+    def _rotated_mid(self, layer: int, selected: torch.Tensor) -> Pair:
+        key, value = (part.restored() for part in self._archived_kv(layer, selected))
+        return self._mid_rotation(selected, key.device)(key), value
+
+    @property
     def _slots(self) -> int:
         return len(self.sink) + len(self.recent) + 1
-
-    def placed(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """For a forward without gradient after the chunk's first: the layer's K, V [B, history + n, heads, D] in place,
-        and where the chunk's own n tokens go, int64 [n]. None where they have to be placed or put together first."""
-        layers, selected = self.cache.layers, self.selection.get(layer)
-        if torch.is_grad_enabled() or not self._is_current or not layers or selected is None:
-            return None
-        workspace, mid = layers[layer], (selected, self.times) if selected.shape[1] else None
-        if not workspace.stays or not workspace.in_place(self.chunk, mid):
-            return None
-        if self._own is None:
-            tokens = self.cache.geometry.tokens
-            start = self.cache.layout.slot(self.chunk) * tokens
-            self._own = torch.arange(start, start + tokens, device=workspace.keys.device)
-        return *workspace.prefix(self._slots, selected.shape[1] * self.cache.mid_tokens), self._own
 
     def small_rotation(self, device: torch.device) -> Rotation:
         """Rotation of the chunk's compressed tokens, in the chunk's place."""
@@ -208,12 +232,11 @@ class ChunkContext:
         self.check_current()
         if self.chunk == 0:
             return key, value
-        cache, tokens, workspace = self.cache, self.cache.geometry.tokens, self.cache.layers[layer]
-        own, slots = cache.layout.slot(self.chunk), len(self.sink) + len(self.recent) + 1
-        end = slots * tokens + selected.shape[1] * cache.mid_tokens
+        own, tokens = self.cache.layout.slot(self.chunk), self.cache.geometry.tokens
+        prefix = self.cache.layers[layer].prefix(self._slots, selected.shape[1] * self.cache.mid_tokens)
         return tuple(
-            torch.cat((old[:, : own * tokens], old[:, (own + 1) * tokens : end], new), dim=1)
-            for old, new in ((workspace.keys, key), (workspace.values, value))
+            torch.cat((old[:, : own * tokens], old[:, (own + 1) * tokens :], new), dim=1)
+            for old, new in zip(prefix, (key, value), strict=True)
         )
 
     @timed("select_rotate")
@@ -227,8 +250,8 @@ class ChunkContext:
             workspace.place_mid(self._slots, *self._archived_kv(layer, mid[0]), rotation)
             workspace.mid_for = mid
 
-    def _archived_kv(self, layer: int, selected: torch.Tensor):
-        """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own, as they are kept."""
+    def _archived_kv(self, layer: int, selected: torch.Tensor) -> tuple[Kept, Kept]:
+        """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own."""
         return self.cache.archive.gather(layer, selected - self.cache.layout.sink, self.cache.layers[0].keys.device)
 
     def _assemble(self, layer, selected, key, value, mid, is_small=False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,8 +265,7 @@ class ChunkContext:
                 history = [(start, workspace.hold(chunk, slot(chunk))) for chunk, start in self.history_starts()]
             archived = None
             if selected.shape[1] and mid is None:
-                mid_key, mid_value = (part.restored() for part in self._archived_kv(layer, selected))
-                archived = self._mid_rotation(selected, device)(mid_key), mid_value
+                archived = self._rotated_mid(layer, selected)
             self._frozen[layer, is_small] = _Frozen(selected, history, archived)
         frozen = self._frozen[layer, is_small]
         parts = [held.at(start) for start, held in frozen.history]
@@ -265,7 +287,7 @@ class ChunkContext:
         return (self.times.mid + torch.arange(selected.shape[1], dtype=torch.float64) * self.times.span)[None]
 
     def _mid_rotation(self, selected: torch.Tensor, device: torch.device) -> Rotation:
-        if self.times.mid is not None and self._packed_rotation is not None:
+        if self._packed_rotation is not None:
             return self._packed_rotation
         starts, frames = self.mid_starts(selected), self.cache.mid_grid[0]
         times = starts[..., None] + frame_times(0, self.times.span, frames).to(starts.device)  # [B or 1, k, frames]

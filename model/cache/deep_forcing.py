@@ -36,6 +36,8 @@ class Tokens(NamedTuple):
 class DeepForcingContext(ChunkContext):
     """The history of one chunk: sink, mid tokens per layer, and the last whole frames."""
 
+    stays = False
+
     def __init__(self, cache: "DeepForcingCache"):
         super().__init__(cache)
         config, frames, per_frame = cache.config, cache.geometry.frames, cache.geometry.tokens_per_frame
@@ -105,9 +107,6 @@ class DeepForcingContext(ChunkContext):
         keys[:, :count], keys[:, count:] = placed, key
         values[:, :count], values[:, count:] = history.values, value
         return keys, values
-
-    def placed(self, layer: int) -> None:
-        """Nothing stays in place."""
 
     def gathered(self, tokens: Tokens, selected: torch.Tensor) -> Tokens:
         """What is attended of the tokens held."""

@@ -334,7 +334,7 @@ class Rollout:
                 repeated,
                 self._per_video(timestep).repeat(self.branches),
                 self.embeds,
-                context=context,
+                context=context.ready(len(self.model.blocks), self.device),
                 text_kv=None if train else self.text_kv,  # a memo has no gradient
                 train_compressor=train,
                 **options,
