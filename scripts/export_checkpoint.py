@@ -46,21 +46,16 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_generator(checkpoint: Path) -> tuple[Weights, Weights | None]:
     """The generator's tensors by parameter name, and its EMA's where there is one."""
-    module, ema = f"roles.{ROLE}.module.", f"roles.{ROLE}.ema."
-    shapes = tensor_shapes(checkpoint)
-    tensors = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in shapes.items()
-        if name.startswith((module, ema))
-    }
+    module, ema = f"roles.{ROLE}.module", f"roles.{ROLE}.ema"
+    shapes = {name: x for name, x in tensor_shapes(checkpoint).items() if name.startswith((f"{module}.", f"{ema}."))}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     read_into(checkpoint, tensors)
-    weights = {name.removeprefix(module): x for name, x in tensors.items() if name.startswith(module)}
-    averaged = {name.removeprefix(ema): x for name, x in tensors.items() if name.startswith(ema)}
+    weights, averaged = part(tensors, module), part(tensors, ema)
     return weights, weights | averaged if averaged else None
 
 
 def part(weights: Weights, name: str) -> Weights:
-    """Weights of the model called `name` inside the role's module."""
+    """Of tensors by dotted name those inside `name`."""
     prefix = f"{name}." if name else ""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 

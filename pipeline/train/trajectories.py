@@ -39,16 +39,20 @@ def grid_points(config: Config) -> list[int]:
     """Which of the `ode.grid_steps` Euler steps start at the student's timesteps. Raises `ConfigError` for a timestep
     that is not on the grid."""
     grid = NUM_TIMESTEPS * FlowMatchSchedule(config.sampler.shift).euler_sigmas(config.ode.grid_steps)[:-1]
-    points = []
-    for step, timestep in zip(config.sampler.steps, student_steps(config).tolist(), strict=True):
-        nearest = int((grid - timestep).abs().argmin())
-        if abs(grid[nearest] - timestep) > _SAME_STEP:
-            raise ConfigError(
-                f"setting `sampler.steps`: {step:g} (timestep {timestep:.2f}) is not among the {config.ode.grid_steps} "
-                f"steps of `ode.grid_steps`, whose nearest is {grid[nearest]:.2f}; choose a grid that contains it"
-            )
-        points.append(nearest)
+    timesteps = student_steps(config).tolist()
+    points = places(timesteps, grid.tolist())
+    if None in points:
+        off = points.index(None)
+        raise ConfigError(
+            f"setting `sampler.steps`: {config.sampler.steps[off]:g} (timestep {timesteps[off]:.2f}) is not among the "
+            f"{config.ode.grid_steps} steps of `ode.grid_steps`; choose a grid that contains it"
+        )
     return points
+
+
+def places(timesteps: Sequence[float], grid: Sequence[float]) -> list[int | None]:
+    """Which of `grid` each timestep is; None for one that is not there."""
+    return [next((i for i, at in enumerate(grid) if abs(at - timestep) <= _SAME_STEP), None) for timestep in timesteps]
 
 
 def made_by(config: Config, weights: str, prompts: Sequence[str], frames: int) -> dict:
@@ -147,16 +151,13 @@ class Trajectories:
 
     def columns(self, timesteps: Sequence[float]) -> list[int]:
         """Which stored point each timestep is. Raises `ConfigError` for one that was not stored."""
-        found = []
-        for timestep in timesteps:
-            near = [i for i, stored in enumerate(self.timesteps) if abs(stored - timestep) <= _SAME_STEP]
-            if not near:
-                have = ", ".join(f"{stored:.2f}" for stored in self.timesteps)
-                raise ConfigError(
-                    f"setting `sampler.steps`: timestep {timestep:.2f} is not stored in {self._shards.folder}, "
-                    f"which has {have}; write trajectories for these steps with {COMMAND}"
-                )
-            found.append(near[0])
+        found = places(timesteps, self.timesteps)
+        if None in found:
+            have = ", ".join(f"{stored:.2f}" for stored in self.timesteps)
+            raise ConfigError(
+                f"setting `sampler.steps`: timestep {timesteps[found.index(None)]:.2f} is not stored in "
+                f"{self._shards.folder}, which has {have}; write trajectories for these steps with {COMMAND}"
+            )
         return found
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, str]:
