@@ -162,7 +162,7 @@ def test_embeddings_are_remembered_up_to_a_limit(run, tmp_path, monkeypatch):
 
 def test_usage_errors_are_one_line(run, tmp_path, capsys):
     for arguments, message in (
-        (["--text_batch=0"], "must be at least 1"),
+        (["--text_batch=0"], "must be positive"),
         ([f"--prompts={tmp_path / 'nowhere.txt'}"], "nowhere.txt does not exist"),
         (["train.text_from=null"], "`train.text_from` is not set"),
         ([f"train.text_from={tmp_path}"], "tokenizer"),
