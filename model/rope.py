@@ -67,6 +67,11 @@ class Rotation:
             rotated = torch.view_as_real(torch.view_as_complex(pairs) * self.phase)
         return rotated.flatten(-2).type_as(x_BLHD)  # [B, L, H, D]
 
+    def of_parts(self, parts: int, samples: torch.Tensor, index: torch.Tensor) -> "Rotation":
+        """Of `parts` equal parts of the tokens those `index` [...] of `samples` [...], [..., L / parts, 1, D/2]."""
+        samples = samples if len(self.cos) > 1 else torch.zeros_like(samples)
+        return Rotation(*(x.unflatten(1, (parts, -1))[samples, index] for x in (self.cos, self.sin)))
+
     def _in_passes(self, x_BLHD: torch.Tensor) -> torch.Tensor:
         """Of 16 bits, without float32 copies of all of it."""
         rotated = torch.empty_like(x_BLHD)

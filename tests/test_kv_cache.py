@@ -8,7 +8,7 @@ import torch
 from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
-from model.cache.archive import _say_once
+from model.cache.archive import Archive, _say_once
 from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, LayerKV
@@ -400,3 +400,28 @@ def test_a_capacity_that_makes_selection_idle_is_warned_about(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="cache.mid_capacity=2 .* no effect"):
         toy_cache(model, toy_config(mid_capacity=2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mid_dtype", [None, "int8"])
+@pytest.mark.parametrize("settings", [{}, ABSOLUTE, RECENCY, {"refresh_interval": 3}], ids=str)
+def test_only_changed_mid_chunks_are_copied(settings, mid_dtype, monkeypatch):
+    """V of chunks that were not attended before, K of those and of what has another time, which 8 bits keep apart."""
+    model, cache, oracle = make({"top_k": 3, "mid_dtype": mid_dtype, **settings})
+    copied, gather = [], Archive.gather
+    monkeypatch.setattr(Archive, "gather", lambda self, layer, part, samples, *rest: (
+        copied.append((part, len(samples))), gather(self, layer, part, samples, *rest))[1])  # fmt: skip
+    roll(model, cache, 6)
+    moved, all_of_them, before = 0, 0, None
+    for _ in range(8):
+        copied.clear()
+        _, selections = roll(model, cache, 1)
+        after = [set(chunks[0]) for chunks in selections[-1]]
+        if before is not None:
+            new = sum(len(now - then) for now, then in zip(after, before, strict=True))
+            assert sum(count for part, count in copied if part == 1) == new
+            keys = sum(count for part, count in copied if part == 0)
+            assert keys == new if mid_dtype or "temporal" in settings else new <= keys
+            moved, all_of_them = moved + new + keys, all_of_them + 2 * sum(map(len, after))
+        before = after
+    assert moved < 0.8 * all_of_them

@@ -70,7 +70,8 @@ def test_committed_keys_and_values(vae, kind, frames):
         if kind.startswith("dual"):
             hidden = hidden + oracle.compress(video[1, :, chunk * frames : (chunk + 1) * frames])
         for layer in range(run.model.config.num_layers):
-            stored = run.cache.archive.gather(layer, torch.tensor([[chunk]] * 2), hidden.device)
+            where = torch.tensor([0, 1]), torch.tensor([chunk] * 2), hidden.device
+            stored = (run.cache.archive.gather(layer, part, *where) for part in (0, 1))
             for own, expected in zip(stored, oracle.keys_values(layer, hidden), strict=True):
                 torch.testing.assert_close(own.restored()[1].double(), expected, atol=5e-4, rtol=0)
     assert run.pixels.shape == (2, 3, 4 * frames, 64, 96)
@@ -117,7 +118,8 @@ def test_lora_and_layerwise_casting(vae, kv):
         run.decoder = StreamingDecoder(vae)
         for chunk in video.split(3, dim=2):
             run.commit(chunk)
-        return run.cache.archive.gather(1, torch.tensor([[1]] * 2), torch.device("cpu"))[0].restored()
+        where = torch.tensor([0, 1]), torch.tensor([1, 1]), torch.device("cpu")
+        return run.cache.archive.gather(1, 0, *where).restored()
 
     plain = last_keys()
     add_lora(run.model)

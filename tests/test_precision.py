@@ -64,8 +64,9 @@ def test_no_other_copy_is_kept(name):
 @pytest.mark.parametrize("name", [None, "int8"])
 def test_runs_of_rows_are_copied_as_they_are_gathered(name):
     kept, rows = keep(randn(2, 9, 3, 2, 8, seed=4), name), torch.tensor([[0, 1, 2, 5, 8], [3, 4, 8, 0, 1]])
-    found = copied_in_runs(kept, rows.tolist(), torch.device("cpu"))
-    wanted = kept[torch.arange(2)[:, None], rows]
+    samples = torch.arange(2).repeat_interleave(5)
+    found = copied_in_runs(kept, samples.tolist(), rows.flatten().tolist(), torch.device("cpu"))
+    wanted = kept[samples, rows.flatten()]
     assert torch.equal(found.restored(), wanted.restored()) and found.codes.dtype == kept.codes.dtype
 
 

@@ -101,13 +101,14 @@ class Archive:
         """Mean keys [B, rows, h, D] of a layer, in the order of the rows."""
         return self._means[layer]
 
-    def gather(self, layer: int, numbers: torch.Tensor, device: torch.device) -> tuple[Kept, Kept]:
-        """K (un-rotated), V [B, k * N_c, heads, D] of the chunks `numbers` [B, k]."""
-        rows, kv = self._rows(numbers), self._kv[layer]
+    def gather(
+        self, layer: int, part: int, samples: torch.Tensor, numbers: torch.Tensor, device: torch.device
+    ) -> Kept:
+        """K (part 0, un-rotated) or V (1) of `samples` [m] and their chunks `numbers` [m]: [m, N_c, heads, D]."""
+        rows, kept = self._rows(numbers), self._kv[layer][part]
         if self.device.type == "cpu" and device.type != "cpu":
-            return tuple(copied_in_runs(part, rows.tolist(), device).flatten_tokens() for part in kv)
-        samples = torch.arange(len(rows), device=self.device)[:, None]
-        return tuple(part[samples, rows].flatten_tokens().to(device) for part in kv)
+            return copied_in_runs(kept, samples.tolist(), rows.tolist(), device)
+        return kept[samples.to(self.device), rows].to(device)
 
     def seen(self, numbers: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
         """Clean latents [B, M, C, F, H, W] of the chunks `numbers` [M] and, where there are any, those of averaged
@@ -121,18 +122,14 @@ class Archive:
         return self.row(numbers).to(self.device)
 
 
-def copied_in_runs(kept: Kept, rows: list[list[int]], device: torch.device) -> Kept:
-    """Rows [B, k] of `kept` [B, rows, ...] on another device [B, k, ...]: a copy for each run of neighbouring rows, and
-    none in host memory, where gathering them would take longer than the way."""
-    shape = len(rows), len(rows[0]), *kept.codes.shape[2:]
-    found = Kept(*(None if x is None else x.new_empty(*shape[:-1], x.shape[-1], device=device)
-                   for x in (kept.codes, kept.scales)), kept.dtype)  # fmt: skip
-    for sample, ids in enumerate(rows):
-        start = 0
-        for place in range(1, len(ids) + 1):
-            if place == len(ids) or ids[place] != ids[place - 1] + 1:
-                found[sample, start:place].copy_(kept[sample, ids[start] : ids[place - 1] + 1])
-                start = place
+def copied_in_runs(kept: Kept, samples: list[int], rows: list[int], device: torch.device) -> Kept:
+    """`rows` [m] of `samples` [m] of `kept` [B, rows, ...] on another device [m, ...]: a copy for each run of
+    neighbouring rows, and none in host memory, where gathering them would take longer than the way."""
+    found, start = kept.room([len(rows)], 2, device), 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or (samples[end], rows[end]) != (samples[end - 1], rows[end - 1] + 1):
+            found[start:end].copy_(kept[samples[start], rows[start] : rows[end - 1] + 1])
+            start = end
     return found
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k selected mid chunks, D head dim.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -202,13 +203,17 @@ class ChunkContext:
 
     @torch.no_grad()
     def chosen_mid(self, layer: int, query: torch.Tensor) -> Pair:
-        """Rotated K, and V, [B, k * N_c, heads, D] of the mid chunks that the chunk's queries choose for its layer."""
-        selected = self.select(layer, query)
-        self.cache.layers[layer].mid_for = selected, self.times
-        return self._rotated_mid(layer, selected)
+        """Rotated K, and V, [B, k * N_c, heads, D] of the mid chunks that the chunk's queries choose, as they lie."""
+        self._place_mid(layer, (self.select(layer, query), self.times))
+        keys, values = self.cache.layers[layer].prefix(self._slots, self.attended_mid_tokens())
+        end = self._slots * self.cache.geometry.tokens
+        return keys[:, end:], values[:, end:]
 
     def _rotated_mid(self, layer: int, selected: torch.Tensor) -> Pair:
-        key, value = (part.restored() for part in self._archived_kv(layer, selected))
+        batch, count = selected.shape
+        which = torch.arange(batch, device=selected.device).repeat_interleave(count), selected.flatten()
+        kept = (self._archived(layer, part, *which).restored() for part in (0, 1))
+        key, value = (x.unflatten(0, (batch, count)).flatten(1, 2) for x in kept)
         return self._mid_rotation(selected, key.device)(key), value
 
     @property
@@ -246,13 +251,18 @@ class ChunkContext:
         starts = [(layout.slot(chunk), start) for chunk, start in self.history_starts()]
         workspace.place(self.chunk, layout.slot(self.chunk), starts)
         if mid is not None:
-            rotation = self._mid_rotation(mid[0], workspace.keys.device)
-            workspace.place_mid(self._slots, *self._archived_kv(layer, mid[0]), rotation)
-            workspace.mid_for = mid
+            self._place_mid(layer, mid)
 
-    def _archived_kv(self, layer: int, selected: torch.Tensor) -> tuple[Kept, Kept]:
-        """K (un-rotated), V [B, k * N_c, heads, D] of the selected chunks, each sample its own."""
-        return self.cache.archive.gather(layer, selected - self.cache.layout.sink, self.cache.layers[0].keys.device)
+    def _place_mid(self, layer: int, mid: tuple[torch.Tensor, Times]) -> None:
+        workspace, starts = self.cache.layers[layer], self.mid_starts(mid[0]).expand(mid[0].shape).tolist()
+        rotation = self._mid_rotation(mid[0], workspace.keys.device)
+        workspace.place_mid(self._slots, mid[0].tolist(), starts, partial(self._archived, layer), rotation)
+        workspace.mid_for = mid
+
+    def _archived(self, layer: int, part: int, samples: torch.Tensor, chunks: torch.Tensor) -> Kept:
+        """K (part 0, un-rotated) or V [m, N_c, heads, D] of archived chunks [m], as they are kept."""
+        cache = self.cache
+        return cache.archive.gather(layer, part, samples, chunks - cache.layout.sink, cache.layers[0].keys.device)
 
     def _assemble(self, layer, selected, key, value, mid, is_small=False) -> tuple[torch.Tensor, torch.Tensor]:
         """`extend` without the workspace: every part put together anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,12 @@ class Kept:
         scales = None if format.largest is None else torch.empty(*shape[:-1], 1, **options)
         return cls(torch.empty(*shape, dtype=format.dtype, **options), scales, dtype)
 
+    def room(self, lead: Sequence[int], dropped: int, device: torch.device | None = None) -> Kept:
+        """For tensors of the same kind, with `lead` in place of the first `dropped` dimensions."""
+        new = (None if x is None else x.new_empty(*lead, *x.shape[dropped:], device=device or x.device)
+               for x in (self.codes, self.scales))  # fmt: skip
+        return Kept(*new, self.dtype)
+
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
@@ -48,9 +55,10 @@ class Kept:
         """Of the leading dimensions."""
         return self._each(lambda x: x[index])
 
-    def flatten_tokens(self) -> Kept:
-        """[B, k, N, heads, D] -> [B, k * N, heads, D]."""
-        return self._each(lambda x: x.flatten(1, 2))
+    def __setitem__(self, index, other: Kept) -> None:
+        self.codes[index] = other.codes
+        if self.scales is not None:
+            self.scales[index] = other.scales
 
     def to(self, device: torch.device) -> Kept:
         return self._each(lambda x: x.to(device, non_blocking=True))

@@ -10,7 +10,7 @@ contiguous prefix and nothing is concatenated. The order of keys does not matter
 Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k selected mid chunks, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -18,6 +18,9 @@ import torch
 
 from model.cache.precision import Kept, keep
 from model.rope import Rotation, shift_in_time
+
+# (0 for K, 1 for V; samples [m], chunks [m]) -> as they are kept, K un-rotated, [m, N_c, heads, D]
+Fetch = Callable[[int, torch.Tensor, torch.Tensor], Kept]
 
 
 class Buffers:
@@ -77,6 +80,8 @@ class Workspace:
         self.mean_queries: dict[int, torch.Tensor] = {}  # slot -> [B, h, D], where the queries of recent chunks score
         self._placed: int | None = None  # chunk that the history was last placed for
         self.mid_for: tuple[object, object] = (None, None)  # selection and times that the mid part is placed for
+        self.mid_places: list[list[tuple[int, float]]] = []  # of each sample: chunk and its time
+        self._mid_at = 0, 0  # full-resolution chunks before them, and their number
         self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # chunk -> what a forward still reads
 
     @property
@@ -138,13 +143,43 @@ class Workspace:
 
     def moved(self) -> None:
         """Chunks have other slots from now on: what was placed is to be placed again."""
-        self._placed, self.mid_for = None, (None, None)
+        self._placed, self.mid_for, self._mid_at = None, (None, None), (0, 0)
 
-    def place_mid(self, slots: int, key: Kept, value: Kept, rotation: Rotation) -> None:
-        """Un-rotated K, and V, [B, k * N_c, heads, D] behind `slots` full-resolution chunks."""
-        where = slice(slots * self.tokens, slots * self.tokens + key.codes.shape[1])
-        self.keys[:, where].copy_(rotation(key.restored()))
-        self.values[:, where].copy_(value.restored())
+    def place_mid(
+        self, slots: int, chunks: list[list[int]], starts: list[list[float]], fetch: Fetch, rotation: Rotation
+    ) -> None:
+        """Mid chunks behind `slots` full-resolution ones. What is there stays where it is: their order is of no matter.
+
+        Args:
+            chunks, starts: of every sample, [B][k] in time order.
+            rotation: of all of them [B or 1, k * N_c].
+        """
+        changed, new = self._changes(slots, chunks, starts)
+        for part, (buffer, entries) in enumerate(((self.keys, changed), (self.values, new))):
+            if entries:
+                samples, places, ranks, ids = torch.tensor(entries).unbind(1)
+                tokens = fetch(part, samples, ids).restored()  # [m, N_c, heads, D]
+                if buffer is self.keys:
+                    tokens = rotation.of_parts(len(chunks[0]), samples, ranks)(tokens)
+                room = buffer.narrow(1, slots * self.tokens, len(chunks[0]) * tokens.shape[1])
+                room.unflatten(1, (len(chunks[0]), -1))[samples, places] = tokens
+
+    def _changes(self, slots: int, chunks: list[list[int]], starts: list[list[float]]) -> tuple[list, list]:
+        """(sample, place, rank in time, chunk) of the mid chunks that are new or have another time; of the new ones."""
+        if self._mid_at != (slots, len(chunks[0])):
+            self._mid_at = slots, len(chunks[0])
+            self.mid_places = [[(None, None)] * len(wanted) for wanted in chunks]
+        changed, new = [], []
+        for sample, (held, wanted, times) in enumerate(zip(self.mid_places, chunks, starts, strict=True)):
+            where = {chunk: place for place, (chunk, _) in enumerate(held)}
+            free = [place for place, (chunk, _) in enumerate(held) if chunk not in wanted]
+            for rank, (chunk, start) in enumerate(zip(wanted, times, strict=True)):
+                place = where[chunk] if chunk in where else free.pop()
+                entry = sample, place, rank, chunk
+                changed += [entry] if held[place] != (chunk, start) else []
+                new += [entry] if chunk not in where else []
+                held[place] = chunk, start
+        return changed, new
 
     def attend(
         self, own: int, slots: int, mid_tokens: int, key: torch.Tensor, value: torch.Tensor
@@ -177,7 +212,9 @@ class PackedWorkspace(Workspace):
         super().__init__(*sizes, buffers)
         self.sink, self.precision = sink, precision
         self._parts: dict[int, tuple[Kept, Kept]] = {}  # slot -> K, V
-        self._mid: tuple[Kept, Kept, Rotation] | None = None
+        self._mid: tuple[Kept, Kept] | None = None  # [B, k, N_c, heads, D], by place
+        self._rotation: Rotation | None = None  # in time order, of which each place has a rank
+        self._ranks: torch.Tensor | None = None
 
     def _store(self, slot, key, value):
         precision = self.precision if slot < self.sink else None
@@ -189,8 +226,18 @@ class PackedWorkspace(Workspace):
     def _slot(self, slot):
         return tuple(part.restored() for part in self._parts[slot])
 
-    def place_mid(self, slots, key, value, rotation):
-        self._mid = key, value, rotation
+    def place_mid(self, slots, chunks, starts, fetch, rotation):
+        count, before = len(chunks[0]), self._mid_at
+        _, new = self._changes(slots, chunks, starts)
+        for part in (0, 1) if new else ():
+            samples, places, _, ids = torch.tensor(new).unbind(1)
+            kept = fetch(part, samples, ids)
+            if before != self._mid_at and part == 0:
+                self._mid = tuple(kept.room((len(chunks), count), 1) for _ in range(2))
+            self._mid[part][samples, places] = kept
+        pairs = zip(self.mid_places, chunks, strict=True)
+        ranks = [[wanted.index(chunk) for chunk, _ in held] for held, wanted in pairs]
+        self._rotation, self._ranks = rotation, torch.tensor(ranks)  # [B, k]
 
     def attend(self, own, slots, mid_tokens, key, value):
         for slot in range(slots):
@@ -198,5 +245,10 @@ class PackedWorkspace(Workspace):
                 for part, kept in zip(super()._slot(slot), self._slot(slot), strict=True):
                     part.copy_(kept)
         if mid_tokens:
-            super().place_mid(slots, *self._mid)
+            where = slice(slots * self.tokens, slots * self.tokens + mid_tokens)
+            mid_key, mid_value = (part.restored().flatten(0, 1) for part in self._mid)  # [B * k, N_c, heads, D]
+            samples = torch.arange(len(self._ranks)).repeat_interleave(self._ranks.shape[1])
+            mid_key = self._rotation.of_parts(self._ranks.shape[1], samples, self._ranks.flatten())(mid_key)
+            self.keys[:, where].copy_(mid_key.view_as(self.keys[:, where]))
+            self.values[:, where].copy_(mid_value.view_as(self.values[:, where]))
         return super().attend(own, slots, mid_tokens, key, value)
