@@ -17,38 +17,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from pipeline.sources import require_training_files
-from utils.cli import run_command
+from utils.cli import config_parser, run_configured
 from utils.config import Config, ConfigError
-from utils.load_config import load_config, to_yaml
+from utils.load_config import to_yaml
 from utils.tracking import Tracker, check_tracker
 
 log = logging.getLogger(__name__)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True, help="YAML of the stage")
-    parser.add_argument("--logdir", help="folder of the run; overrides train.logdir")
-    parser.add_argument("--disable-wandb", action="store_true", help="no tracker, whatever train.tracker says")
-    parser.add_argument("--no_save", action="store_true", help="write no checkpoint and no bundle")
-    parser.add_argument("--no_visualize", action="store_true", help="write no sample videos")
-    parser.add_argument("--no_estimate", action="store_true", help="do not ask first whether it fits the GPU")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example train.max_steps=100")
-    return parser.parse_intermixed_args(arguments)
-
-
-def configure(arguments: argparse.Namespace) -> tuple[Config, Path]:
-    """The config and the run's folder. Raises `ConfigError` for what can be seen to be wrong without torch."""
-    config = load_config(arguments.config_path, arguments.overrides)
-    if arguments.logdir is not None:
-        config.train.logdir = arguments.logdir
-    if arguments.disable_wandb:
-        config.train.tracker = None
-    if config.train.logdir is None:
-        raise ConfigError("no folder for the run: give --logdir or set train.logdir")
-    check_tracker(config.train.tracker)
-    require_training_files(config)
-    return config, Path(config.train.logdir)
 
 
 def make_logdir(logdir: Path) -> None:
@@ -58,9 +32,15 @@ def make_logdir(logdir: Path) -> None:
         raise ConfigError(f"setting `train.logdir` is {logdir}: cannot be written ({error.strerror})") from error
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(config: Config, arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` for what the user can mend, `TrainingDivergedError` where training broke."""
-    config, logdir = configure(arguments)
+    if arguments.disable_wandb:
+        config.train.tracker = None
+    if config.train.logdir is None:
+        raise ConfigError("no folder for the run: give --logdir or set train.logdir")
+    check_tracker(config.train.tracker)
+    require_training_files(config)
+    logdir = Path(config.train.logdir)
     import torch  # heavy, like what follows: after what can be checked without them
 
     from pipeline.fit import check_memory
@@ -100,8 +80,13 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    return run_command(lambda: train(arguments))
+    parser = config_parser(__doc__)
+    parser.add_argument("--logdir", dest="train.logdir", help="folder of the run")
+    parser.add_argument("--disable-wandb", action="store_true", help="no tracker, whatever train.tracker says")
+    parser.add_argument("--no_save", action="store_true", help="write no checkpoint and no bundle")
+    parser.add_argument("--no_visualize", action="store_true", help="write no sample videos")
+    parser.add_argument("--no_estimate", action="store_true", help="do not ask first whether it fits the GPU")
+    return run_configured(parser, argv, train)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from utils.config import Config, ConfigError, DataKind
+from utils.choices import DataKind
+from utils.config import Config, ConfigError
 
 INDEX = "model_index.json"  # diffusers' name
 REAL_MODELS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers")  # of Wan-AI

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from utils.cli import answer_typos, run_command
-from utils.config import Config, ConfigError, Interval, PhaseConfig
+from utils.config import Config, ConfigError, PhaseConfig
 from utils.foreign_keys import OURS
-from utils.load_config import _known_keys, load_config, validate
+from utils.interval import Interval
+from utils.load_config import known_settings, load_config, validate
 
 ROOT = Path(__file__).parent.parent
 YAML = {
@@ -205,7 +206,7 @@ def test_keys_of_the_seeds_configs_are_told_by_their_names_here(tmp_path):
 
 
 def test_the_table_of_foreign_keys_names_settings_and_is_in_the_docs():
-    known, text = set(_known_keys(Config())), (ROOT / "docs" / "other_configs.md").read_text()
+    known, text = set(known_settings()), (ROOT / "docs" / "other_configs.md").read_text()
     for theirs, ours in OURS.items():
         short = theirs.removeprefix("model_kwargs.")
         assert re.search(rf"`(model_kwargs\.)?{short}[`:]", text), theirs

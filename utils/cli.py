@@ -21,7 +21,7 @@ import yaml
 from safetensors import SafetensorError
 
 from utils.config import Config, ConfigError
-from utils.load_config import load_config
+from utils.load_config import known_settings, load_config
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 
 def config_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Of a program that takes `--config_path` and `key=value`s, its docstring as help."""
+    """Of a program that takes `--config_path` and `key=value`s, its docstring as help. Flags whose `dest` is a setting,
+    such as `model.checkpoint`, are other names for it; not given (None), they leave the config's value."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config_path", required=True, help="YAML of settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, for example cache.top_k=4")
@@ -113,7 +114,9 @@ def run_configured(
 ) -> int:
     """`run_command` of `run` with the config and arguments that `config_parser` was given."""
     arguments = parser.parse_intermixed_args(argv)
-    return run_command(lambda: run(load_config(arguments.config_path, arguments.overrides), arguments))
+    known = known_settings()
+    flags = {name: value for name, value in vars(arguments).items() if name in known and value is not None}
+    return run_command(lambda: run(load_config(arguments.config_path, arguments.overrides, flags), arguments))
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

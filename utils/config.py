@@ -3,125 +3,32 @@ YAML files and the command line change them is in `utils/load_config.py`.
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+
+from utils.choices import (
+    AtSwitch,
+    CacheKind,
+    Commit,
+    CompressedKV,
+    DataKind,
+    LossWeighting,
+    MidSpan,
+    OptimizerKind,
+    Precision,
+    QueryScope,
+    Refresh,
+    Reshard,
+    Sharding,
+    SizeUnit,
+    TextPlacement,
+    TrackerKind,
+)
+from utils.interval import within
 
 
 class ConfigError(ValueError):
     """A setting that cannot be: unknown, of the wrong type, or impossible together with another."""
 
     exit_status = 2
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Of numbers, as mathematicians write it: [0, 1) holds 0 and not 1. NaN lies in none."""
-
-    text: str
-
-    def __contains__(self, number: float) -> bool:
-        low, high = map(float, self.text[1:-1].split(","))
-        above = number > low if self.text[0] == "(" else number >= low
-        return above and (number < high if self.text[-1] == ")" else number <= high)
-
-
-def within(interval: str, *default: Any) -> Any:
-    """A setting that is a number, or a list of them, inside `interval`; required where it has no default."""
-    held = {"default_factory": default[0].copy} if default and isinstance(default[0], list) else {}
-    held = held or ({"default": default[0]} if default else {})
-    return field(**held, metadata={"interval": Interval(interval)})
-
-
-class CacheKind(StrEnum):
-    pack = "pack"  # sink + selected mid + recent
-    full = "full"  # all history, full resolution
-    window = "window"  # recent only
-    sink = "sink"  # sink + recent
-    deep_forcing = "deep_forcing"  # sink + window, in latent frames, and tokens kept of what leaves it
-
-
-class AtSwitch(StrEnum):
-    """What becomes of the history where the prompt changes."""
-
-    keep = "keep"  # it stays as it is
-    recommit = "recommit"  # the recent part is committed again under the new prompt (LongLive's KV re-cache)
-    restart = "restart"  # all is forgotten but the recent part, which, committed again, begins the new sink
-    forget = "forget"  # all is forgotten
-
-
-class SizeUnit(StrEnum):
-    chunks = "chunks"
-    frames = "frames"  # latent frames; must be multiples of the chunk
-
-
-class QueryScope(StrEnum):
-    current = "current"
-    recent_and_current = "recent+current"
-
-
-class CompressedKV(StrEnum):
-    project = "project"  # every layer projects the same hidden tokens
-    forward = "forward"  # the tokens pass through the blocks, as a small frame that attends its chunk's history
-
-
-class Commit(StrEnum):
-    """Where K, V of a finished chunk come from."""
-
-    forward = "forward"  # a pass of their own over its clean latents
-    last_step = "last_step"  # its last denoising step, at that step's noise: a pass less a chunk
-
-
-class Refresh(StrEnum):
-    per_chunk = "per_chunk"
-    per_forward = "per_forward"
-
-
-class MidSpan(StrEnum):
-    source = "source"
-    compressed = "compressed"
-
-
-class OptimizerKind(StrEnum):
-    adamw = "adamw"
-    muon = "muon"  # the blocks' matrices by Muon, everything else by AdamW
-
-
-class LossWeighting(StrEnum):
-    bell = "bell"  # the schedule's training weight: most at t = 500, none at t = 1000
-    none = "none"
-
-
-class Precision(StrEnum):
-    no = "no"
-    bf16 = "bf16"
-
-
-class TrackerKind(StrEnum):
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-
-
-class DataKind(StrEnum):
-    sprites = "sprites"  # rendered on the fly
-    latents = "latents"  # a folder of prepared shards
-    prompts = "prompts"  # text alone
-
-
-class Sharding(StrEnum):
-    none = "none"  # every rank holds all weights
-    full = "full"  # all ranks share one copy
-    hybrid = "hybrid"  # groups of `shard_size` ranks share a copy each
-
-
-class Reshard(StrEnum):
-    forward = "forward"  # after every forward
-    never = "never"  # not before the end of a rollout: one gather, and the whole student in memory meanwhile
-
-
-class TextPlacement(StrEnum):
-    device = "device"  # on every rank's device, in float32
-    cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in; encodes a step ahead
-    sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
 
 
 @dataclass

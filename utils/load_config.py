@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config import CacheKind, CompressedKV, Config, ConfigError, Sharding, SizeUnit, TextPlacement
+from utils.choices import CacheKind, CompressedKV, Sharding, SizeUnit, TextPlacement
+from utils.config import Config, ConfigError
 from utils.foreign_keys import OURS
 
 Section = TypeVar("Section")
@@ -100,18 +101,19 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     return found
 
 
-def _known_keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
+def known_settings(node: Any = None, prefix: str = "") -> list[str]:
+    """Keys of all settings and sections, `model.bundle` and the like."""
+    node, keys = Config() if node is None else node, []
     for item in fields(node):
         keys.append(prefix + item.name)
         value = getattr(node, item.name)
         if is_dataclass(value):
-            keys += _known_keys(value, f"{prefix}{item.name}.")
+            keys += known_settings(value, f"{prefix}{item.name}.")
     return keys
 
 
 def _check_keys(settings: DictConfig, origin: str) -> None:
-    known, unknown = _known_keys(Config()), []
+    known, unknown = known_settings(), []
 
     def walk(node: DictConfig, prefix: str) -> None:
         for key in node:
@@ -139,14 +141,20 @@ def _hint(key: str, known: list[str]) -> str:
     return f"`{key}`; the nearest known one is `{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}`"
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the YAML at `path` with its parents, then dot-list `overrides` such as `cache.top_k=1`.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> Config:
+    """Defaults, then the YAML at `path` with its parents, then dot-list `overrides` such as `cache.top_k=1`, then
+    `settings` by such keys.
 
-    Returns a `Config` instance. Raises `ConfigError` for a missing file, an unknown key (naming the nearest known
-    one), a value of the wrong type or an impossible combination.
+    Raises `ConfigError` for a missing file, an unknown key (naming the nearest known one), a value of the wrong type or
+    an impossible combination.
     """
     merged = OmegaConf.structured(Config)
-    sources = {str(path): _read_yaml(Path(path)), "command line": _read_overrides(overrides or ())}
+    sources = {str(path): _read_yaml(Path(path)), "command line": _read_overrides(overrides)}
+    for key, value in (settings or {}).items():
+        with _told(f"command line, {key}"):
+            OmegaConf.update(sources["command line"], key, value)
     for origin, settings in sources.items():
         _check_keys(settings, origin)
     for origin, settings in sources.items():

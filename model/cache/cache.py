@@ -19,7 +19,8 @@ from model.cache.workspace import Buffers, PackedWorkspace, Workspace
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.kv import ChunkKV
-from utils.config import CacheConfig, CacheKind
+from utils.choices import CacheKind
+from utils.config import CacheConfig
 from utils.registry import Registry
 
 CACHES: Registry["type[PackCache]"] = Registry("cache.kind")

@@ -16,7 +16,7 @@ from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
 from model.kv import Pair, ReadyHistory, Room, choices_of
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
-from utils.config import CompressedKV, MidSpan, Refresh
+from utils.choices import CompressedKV, MidSpan, Refresh
 from utils.timing import timed
 
 

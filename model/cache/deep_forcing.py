@@ -21,7 +21,7 @@ from model.cache.context import ChunkContext
 from model.cache.selection import top_chunks
 from model.cache.workspace import Buffers
 from model.rope import chunk_rotation, grid_positions, grid_rotation, precise, time_rotation
-from utils.config import CacheKind, SizeUnit
+from utils.choices import CacheKind, SizeUnit
 
 
 class Tokens(NamedTuple):

@@ -15,7 +15,8 @@ from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.kv import SmallFrame
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
-from utils.config import AtSwitch, CacheConfig, CacheKind, QueryScope, SizeUnit
+from utils.choices import AtSwitch, CacheKind, QueryScope, SizeUnit
+from utils.config import CacheConfig
 
 UNBOUNDED = sys.maxsize
 

@@ -40,16 +40,8 @@ from pipeline.load import flow_shift, load_transformer, place, read_scheduler
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
 from pipeline.vae_shape import VAEShape
-from utils.config import (
-    CacheConfig,
-    CacheKind,
-    CompressorConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    SamplerConfig,
-    VideoConfig,
-)
+from utils.choices import CacheKind
+from utils.config import CacheConfig, CompressorConfig, Config, ConfigError, ModelConfig, SamplerConfig, VideoConfig
 from utils.load_config import section
 
 # A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.

@@ -22,7 +22,8 @@ from model.kv import ChunkKV, TextKV
 from model.schedule import FlowMatchSchedule
 from pipeline.generate.sampler import SAMPLERS, Watch, guided
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
-from utils.config import AtSwitch, CacheConfig, Commit, CompressedKV, ConfigError, Refresh, SamplerConfig
+from utils.choices import AtSwitch, Commit, CompressedKV, Refresh
+from utils.config import CacheConfig, ConfigError, SamplerConfig
 from utils.rng import keyed_randn
 from utils.timing import part
 
