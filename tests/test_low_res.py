@@ -13,7 +13,7 @@ from model.geometry import ChunkGeometry
 from pipeline.data.vae_clip import encode_moments
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder, denormalise, encode_small
-from utils.config import ConfigError, SamplerConfig
+from utils.config import AtSwitch, ConfigError, SamplerConfig
 
 KINDS = [kind for kind in COMPRESSORS if COMPRESSORS[kind].needs_pixels]
 CHUNKS = 3
@@ -129,6 +129,28 @@ def test_lora_and_layerwise_casting(vae, kv):
     run.model.delete_adapters("style")
     run.model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert 0 < (last_keys() - plain).square().mean().sqrt() < 0.3 * plain.square().mean().sqrt()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_committed_again_is_not_decoded_again(vae, kind, monkeypatch):
+    """At a switch of prompts: pixels are those of the chunk's own time, and the decoder goes on where it was."""
+    run, video = rollout(vae, kind, at_switch=AtSwitch.recommit), randn(2, CHANNELS, 9, *LATENT, seed=4)
+    decoded, decode = [], StreamingDecoder.decode
+    monkeypatch.setattr(StreamingDecoder, "decode", lambda self, x: (decoded.append(x), decode(self, x))[1])
+    for chunk in video.split(3, dim=2):
+        run.commit(chunk)
+    where = torch.tensor([0, 1]), torch.tensor([2, 2]), torch.device("cpu")
+    before = [run.cache.archive.gather(1, part, *where).restored() for part in (0, 1)]
+    keys = run.cache.layers[1].keys.clone()
+    run.switch(Prompts(toy_prompt(2, seed=7)))
+    assert len(decoded) == 3 and run.index == 3 and not torch.equal(run.cache.layers[1].keys, keys)
+    after = [run.cache.archive.gather(1, part, *where).restored() for part in (0, 1)]
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)  # of pixels and latents, not of the prompt
+    _, latents = next(run.run(2))
+    shown = run.pixels
+    whole = decode(StreamingDecoder(vae), torch.cat([video, latents], dim=2))
+    torch.testing.assert_close(shown, whole[:, :, -shown.shape[2] :], atol=1e-5, rtol=0)
 
 
 def test_no_decoder_is_an_error():
