@@ -98,8 +98,8 @@ def load_text_encoder(
 ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
     """The bundle's tokenizer and text encoder. Raises `CheckpointError` for files that do not fit."""
     folder = bundle_folder(config)
-    encoder = load_library_model(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype)
-    return load_tokenizer(folder), encoder.to(device)
+    tokenizer = load_tokenizer(folder)  # first: the encoder may take a minute
+    return tokenizer, load_library_model(UMT5EncoderModel, part_folder(folder, "text_encoder"), dtype).to(device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

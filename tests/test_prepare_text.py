@@ -169,3 +169,13 @@ def test_usage_errors_are_one_line(run, tmp_path, capsys):
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_bundle_may_share_the_encoder_of_another(bundle, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_base": str(bundle)}))
+    (tmp_path / "config.yaml").write_text(CONFIG.replace("kind: prompts", "kind: sprites"))
+    config = load_config(tmp_path / "config.yaml", [f"train.text_from={tmp_path}"])
+    shared, own = (TextConditioning.load(config, CPU, TEXT_LEN) for config.train.text_from in (tmp_path, bundle))
+    assert torch.equal(shared.encode(PROMPTS[:1]), own.encode(PROMPTS[:1]))
+    shared.save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()

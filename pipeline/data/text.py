@@ -17,6 +17,7 @@ from model.weights import content_hash
 from pipeline.bundle import transformer_settings
 from pipeline.data.shards import Shards, ShardWriter, shard_number, shard_paths
 from pipeline.load import load_text_encoder
+from pipeline.sources import part_folder
 from pipeline.text import encode_tokens
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier
@@ -151,7 +152,7 @@ def embed_prompts(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     there = replace(config, model=replace(config.model, bundle=source))
     tokenizer, encoder = load_text_encoder(there, device, dtype)
-    encoder_hash = content_hash(Path(source) / "text_encoder") if world.is_main else ""
+    encoder_hash = content_hash(part_folder(Path(source), "text_encoder")) if world.is_main else ""
     text_len = transformer_settings(config)["text_len"]
     folder = Path(config.data.text_embeddings)
     write_embeddings(prompts, tokenizer, encoder, encoder_hash, folder, text_len, batch_size, world)

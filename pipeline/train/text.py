@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from pipeline.data.prompts import data_prompts, fixed_prompts
 from pipeline.data.text import TextEmbeddings
 from pipeline.load import load_mapped, load_tokenizer
-from pipeline.sources import need_folder
+from pipeline.sources import need_folder, part_folder
 from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.export import save_exported
 from utils.config import Config, ConfigError, TextPlacement
@@ -61,7 +61,7 @@ class TextConditioning:
         if train.text_from is not None:
             folder = need_folder(train.text_from, "train.text_from", " and ".join(PARTS))
             for part in PARTS:
-                need_folder(str(folder / part), "train.text_from", part)
+                need_folder(str(part_folder(folder, part)), "train.text_from", part)
         if config.data.text_embeddings is not None:
             return cls(None, None, text_len, False, device, _stored(config, text_len), folder)
         if folder is None:
@@ -70,7 +70,8 @@ class TextConditioning:
                 torch.manual_seed(config.seed)
                 encoder = small_text_encoder(len(tokenizer), model.text_dim, model.text_layers, model.text_heads)
             return cls(tokenizer, encoder.to(device).train(), text_len, True, device)
-        tokenizer, encoder = load_tokenizer(folder), load_mapped(UMT5EncoderModel, folder / "text_encoder")
+        tokenizer = load_tokenizer(folder)
+        encoder = load_mapped(UMT5EncoderModel, part_folder(folder, "text_encoder"))
         if train.text_placement == TextPlacement.device:
             encoder = encoder.float().to(device)
         return cls(tokenizer, encoder.requires_grad_(False).eval(), text_len, False, device, None, folder)
@@ -139,7 +140,7 @@ class TextConditioning:
             self.tokenizer.save_pretrained(folder / "tokenizer")
         elif self.source is not None:
             for part in PARTS:
-                shutil.copytree(self.source / part, folder / part, dirs_exist_ok=True)
+                shutil.copytree(part_folder(self.source, part), folder / part, dirs_exist_ok=True)
         else:
             log.warning("%s gets no text encoder and tokenizer: train.text_from does not say where they are", folder)
 
