@@ -10,16 +10,13 @@ adds to it is returned, and `pipeline.generate.rollout` alone commits it.
 Shape letters: B batch, C latent channels, F latent frames, H W latent size, L tokens, G timestep groups, D head dim.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import ModelMixin as ModelMixin  # pipelines look for it beside a class of ours to know how to load it
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 from einops import rearrange
@@ -28,13 +25,10 @@ from torch import nn
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, LayerMemory, Passed
 from model.compressor import COMPRESSORS, embedded_tokens
+from model.fresh_compressor import FreshCompressor
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, MidTokens, ReadyHistory, SmallFrame, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
-
-log = logging.getLogger(__name__)
-
-COMPRESSOR_PREFIX = "pack_compressor."
 
 
 @dataclass
@@ -44,7 +38,7 @@ class CausalWanOutput(Transformer2DModelOutput):
     kv: ChunkKV | None = None
 
 
-class CausalWanModel(WanTransformer3DModel):
+class CausalWanModel(FreshCompressor, WanTransformer3DModel):
     """Chunk-causal Wan2.1 T2V transformer.
 
     Takes `WanTransformer3DModel`'s settings (and loads its checkpoints), and:
@@ -330,51 +324,6 @@ class CausalWanModel(WanTransformer3DModel):
         config = self.config
         kind, dim = COMPRESSORS[config.compressor], config.num_attention_heads * config.attention_head_dim
         return kind(config.in_channels, config.compressor_channels, dim) if kind.trainable else None
-
-    def fresh_compressor(self, source: Any, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Newly initialised parameters of the compressor, by their names in the model; the same for the same seed.
-
-        For weights at `source` that have none, which is logged. The model itself may be on the meta device.
-        """
-        if self.pack_compressor is None:
-            return {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fresh = self._make_compressor().state_dict(prefix=COMPRESSOR_PREFIX)
-        log.warning("%s has no compressor: pack_compressor is initialised at random (seed %d)", source, seed)
-        return fresh
-
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, files, source, loaded_keys, **settings):
-        """What `from_pretrained` calls with the weights; a compressor that they lack goes with them."""
-        if not any(name.startswith(COMPRESSOR_PREFIX) for name in loaded_keys):
-            fresh = model.fresh_compressor(source)
-            if state_dict is None:  # in several files
-                files = [*files, fresh]
-            else:
-                state_dict = {**state_dict, **fresh}
-        return super()._load_pretrained_model(model, state_dict, files, source, loaded_keys, **settings)
-
-    @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "CausalWanModel":
-        """As `WanTransformer3DModel.from_single_file`; a compressor that the file lacks is initialised anew."""
-        source = pretrained_model_link_or_path_or_dict
-        if isinstance(source, dict):
-            weights, source = dict(source), "the given state dict"
-        else:
-            names = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
-            weights = load_single_file_checkpoint(source, **{name: kwargs[name] for name in names if name in kwargs})
-        if not any(COMPRESSOR_PREFIX in name for name in weights):
-            config, subfolder = kwargs.get("config"), kwargs.get("subfolder")
-            if config is None:
-                config, subfolder = fetch_diffusers_config(weights)["pretrained_model_name_or_path"], "transformer"
-            hub = {name: kwargs[name] for name in ("local_files_only", "token") if name in kwargs}
-            settings = cls.load_config(config, subfolder=subfolder, revision=kwargs.get("config_revision"), **hub)
-            own = {name: kwargs[name] for name in cls._get_signature_keys(cls)[1] if name in kwargs}
-            with init_empty_weights():
-                model = cls.from_config({**settings, **own})
-            weights |= model.fresh_compressor(source)
-        return super().from_single_file(weights, **kwargs)
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":

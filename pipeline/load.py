@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
+from model.causal_wan import CausalWanModel
+from model.fresh_compressor import COMPRESSOR_PREFIX
 from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_files, read_weights
 from pipeline.bundle import read_json, transformer_settings

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from model.attention import best_backend, prepare_for_cpu
 from model.block import CausalWanBlock
-from model.causal_wan import COMPRESSOR_PREFIX, CausalWanModel
+from model.causal_wan import CausalWanModel
+from model.fresh_compressor import COMPRESSOR_PREFIX
 from model.weights import CheckpointError, cast_weights
 from pipeline.bundle import read_json, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.inference import check_cache
