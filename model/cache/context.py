@@ -140,13 +140,8 @@ class ChunkContext:
         return affinity(mean_query, cache.archive.means(layer))[:, rows.to(mean_query.device)]
 
     def extend(
-        self,
-        layer: int,
-        selected: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mid: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mid: Pair | None
+    ) -> Pair:
         """K, V [B, history + n, heads, D] of the history and the current chunk. Without gradient they are views of the
         workspace, valid until the layer's next forward; with gradient or `mid` fresh tensors.
 
@@ -190,10 +185,9 @@ class ChunkContext:
         return ReadyHistory(self, rotation, rooms, compresses, cache.compressor, cache.mid_grid)
 
     def _room(self, layer: int) -> Room:
-        selected, mid_tokens = self.selection.get(layer), self.attended_mid_tokens()
-        workspace, mid = self.cache.layers[layer], None
-        if selected is not None and mid_tokens:
-            mid = selected, self.times
+        workspace, mid_tokens, mid = self.cache.layers[layer], self.attended_mid_tokens(), None
+        if layer in self.selection and mid_tokens:
+            mid = self.selection[layer], self.times
         if not workspace.in_place(self.chunk, mid):
             self._place(layer, mid)
         prefix = workspace.prefix(self._slots, mid_tokens)
@@ -228,9 +222,7 @@ class ChunkContext:
         """Ids [B, k] of the mid chunks that the chunk's compressed tokens attended, where that was kept."""
         return self._frozen[layer, True].selected
 
-    def extend_small(
-        self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend_small(self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
         """As `extend`, which comes before it, with the chunk's compressed tokens [B, N_c, heads, D] in its place."""
         if torch.is_grad_enabled() or self.keeps_history:
             return self._assemble(layer, selected, key, value, None, is_small=True)
@@ -264,7 +256,7 @@ class ChunkContext:
         cache = self.cache
         return cache.archive.gather(layer, part, samples, chunks - cache.layout.sink, cache.layers[0].keys.device)
 
-    def _assemble(self, layer, selected, key, value, mid, is_small=False) -> tuple[torch.Tensor, torch.Tensor]:
+    def _assemble(self, layer, selected, key, value, mid, is_small=False) -> Pair:
         """`extend` without the workspace: every part put together anew."""
         cache, device = self.cache, key.device
         if self._is_current:
@@ -273,9 +265,7 @@ class ChunkContext:
                 self._place(layer)
                 workspace, slot = cache.layers[layer], cache.layout.slot
                 history = [(start, workspace.hold(chunk, slot(chunk))) for chunk, start in self.history_starts()]
-            archived = None
-            if selected.shape[1] and mid is None:
-                archived = self._rotated_mid(layer, selected)
+            archived = self._rotated_mid(layer, selected) if selected.shape[1] and mid is None else None
             self._frozen[layer, is_small] = _Frozen(selected, history, archived)
         frozen = self._frozen[layer, is_small]
         parts = [held.at(start) for start, held in frozen.history]
