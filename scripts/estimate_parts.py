@@ -21,6 +21,7 @@ from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_transformer, place
 from pipeline.text import encode_tokens
+from pipeline.train.generator import GeneratorStage
 from pipeline.train.parallel import shard_model, sharding_mesh
 from pipeline.train.stages import build_stage
 from pipeline.train.trainer import Trainer
@@ -159,6 +160,8 @@ def in_training(config: Config, counts: Counts, world: World, folder: Path) -> T
     """The stage placed and sharded, in mid-run: moments and EMA are there."""
     with part("weights"):
         stage = build_stage(config, DEVICE, world)
+        if isinstance(stage, GeneratorStage):
+            stage.vae = lambda: AutoencoderKLWan.from_config(stage.vae_folder).eval().to(DEVICE)
         nowhere = Tracker(folder, None, "", {}, False)
         trainer = Trainer(config, stage, world, folder / "run", nowhere, DEVICE, save=False, visualize=False)
     with part("state"):
@@ -207,7 +210,6 @@ def sample(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterat
         phases.append(Phase.of("decoded", mode.counts))
         return {}
 
-    stage.vae = lambda: AutoencoderKLWan.from_config(stage.vae_folder).eval().to(DEVICE)
     with mock.patch("pipeline.train.generator.write_samples", decode):
         stage.sample(0, folder / "samples", trainer.ema())
     yield from phases
