@@ -27,6 +27,24 @@ class Passed:
     def __init__(self) -> None:
         self.mid_tokens: MidTokens | None = None
         self.new_mid: MidTokens | None = None
+        self.memories: list[LayerMemory] = []  # of the layer, for each chunk that passes
+
+    def prepare(self, layer: int, mid_tokens: MidTokens | None, new_mid: MidTokens | None) -> None:
+        """Before the block: compiled code that knew which layer it is would be compiled anew for each."""
+        frames, own = (None if tokens is None else tokens.frames for tokens in (mid_tokens, new_mid))
+        for frame in frames or []:
+            memory = LayerMemory(layer, frame.context, is_small=True, remembers_text=True)
+            memory.selected, memory.text_pair = frame.context.small_selection(layer), frame.text_kv.get(layer)
+            self.memories.append(memory)
+        if own:
+            self.memories.append(LayerMemory(layer, own[0].context, is_small=True, remembers_text=True))
+
+    def keep_text(self, layer: int, mid_tokens: MidTokens | None, new_mid: MidTokens | None) -> None:
+        """After the block."""
+        frames = [frame for tokens in (mid_tokens, new_mid) if tokens is not None for frame in tokens.frames or []]
+        for frame, memory in zip(frames, self.memories, strict=True):
+            if memory.text_pair is not None:
+                frame.text_kv[layer] = memory.text_pair
 
 
 @dataclass(eq=False)
@@ -147,31 +165,29 @@ class CausalWanBlock(WanTransformerBlock):
         if memory is None:
             return self._run(hidden_states, *arguments)
         if memory.mid_tokens is not None and memory.mid_tokens.frames is not None:
-            histories = [frame.context.small_selection(memory.layer) for frame in memory.mid_tokens.frames]
-            memory.passed.mid_tokens, memory.mid_kv = self._run_small(memory, memory.mid_tokens, histories, None)
+            memories = memory.passed.memories[: len(memory.mid_tokens.frames)]
+            memory.passed.mid_tokens, memory.mid_kv = self._run_small(memories, memory.mid_tokens, None)
         if hidden_states is not None:
             hidden_states = self._run(hidden_states, *arguments)
         if memory.new_mid is not None and memory.left is not None:
             if memory.new_mid.frames is None:
                 mid_key, mid_value = project(self.attn1, memory.new_mid.hidden[:, 0], "kv")
             else:
-                small = memory.new_mid, [memory.selected], encoder_hidden_states
-                memory.passed.new_mid, kv = self._run_small(memory, *small)
+                own = memory.passed.memories[-1:]
+                own[0].selected, own[0].text_pair = memory.selected, memory.text_pair
+                memory.passed.new_mid, kv = self._run_small(own, memory.new_mid, encoder_hidden_states)
                 mid_key, mid_value = (part[:, 0] for part in kv)
             memory.left = memory.left._replace(mid_key=mid_key, mid_value=mid_value)
         return hidden_states
 
-    def _run_small(self, memory: LayerMemory, tokens: MidTokens, histories: list[torch.Tensor], text):
-        """Compressed chunks through the block -> them, and their K, V [B, M, N_c, heads, D]. `histories`: the mid
-        chunks [B, k] that each attends."""
+    def _run_small(self, memories: list[LayerMemory], tokens: MidTokens, text):
+        """Compressed chunks through the block, each with its memory -> them, and their K, V [B, M, N_c, heads, D]."""
         hidden, kv = [], []
-        for place, (frame, selected) in enumerate(zip(tokens.frames, histories, strict=True)):
-            own = LayerMemory(memory.layer, frame.context, is_small=True, selected=selected, remembers_text=True)
-            own.text_pair = memory.text_pair if tokens is memory.new_mid else frame.text_kv.get(memory.layer)
-            run = self._run(tokens.hidden[:, place], text, frame.modulation, frame.rotation, None, own)
-            frame.text_kv[memory.layer] = own.text_pair
+        for place, (frame, memory) in enumerate(zip(tokens.frames, memories, strict=True)):
+            run = self._run(tokens.hidden[:, place], text, frame.modulation, frame.rotation, None, memory)
             hidden.append(run)
-            kv.append((own.left.key, own.left.value))
+            kv.append((memory.left.key, memory.left.value))
+            memory.left = None
         key, value = (torch.stack(part, dim=1) for part in zip(*kv, strict=True))
         return tokens._replace(hidden=torch.stack(hidden, dim=1)), (key, value)
 

@@ -206,6 +206,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
             if context is not None or text_kv is not None:
                 memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv is not None, return_kv)
                 memory.passed, memory.left = Passed(), None if kv is None else kv.layers[layer]
+                memory.passed.prepare(layer, mid_tokens, new_mid)
                 memory.room = None if context is None else history.rooms[layer]
                 memory.text_pair = None if text_kv is None else text_kv.get(layer)
             arguments = (x, text, modulation, rotation, mask, memory)
@@ -217,6 +218,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
                 layers.append(memory.left)
                 if memory.text_pair is not None:
                     text_kv[layer] = memory.text_pair
+                memory.passed.keep_text(layer, mid_tokens, new_mid)
                 mid_tokens, new_mid = memory.passed.mid_tokens or mid_tokens, memory.passed.new_mid or new_mid
                 memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
 

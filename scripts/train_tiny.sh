@@ -12,11 +12,17 @@ cd "$(dirname "$0")/.."
 bin=$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && echo .venv/bin/ || true)
 export OMP_NUM_THREADS=1 # a rank a core; two threads in one rank would wait for each other in every operation
 
-for stage in ${STAGES:-vae teacher ar_diffusion teacher_motion consistency dmd}; do
+single="vae teacher ar_diffusion teacher_motion consistency dmd"
+stories="story_stills story_ar story_compressor story_dmd"
+for stage in ${STAGES:-$single $stories}; do
   echo "== $stage"
+  if [ "$stage" = story_compressor ] && [ ! -d runs/story ]; then # what distillation changed, added to what stories taught
+    "${bin}python" -m scripts.add_weights runs/story_ar/bundle/transformer runs/dmd/bundle/transformer \
+      --before runs/ar_diffusion/bundle/transformer --output runs/story/transformer
+  fi
   "${bin}torchrun" --nproc_per_node="${RANKS:-2}" --master_port="${MASTER_PORT:-29500}" \
     train.py --config_path "configs/tiny/$stage.yaml" "$@"
 done
 
 echo "make videos with it:"
-echo "  ${bin}python inference_packforcing.py --config_path configs/tiny/demo.yaml model.bundle=runs/dmd/bundle"
+echo "  ${bin}python inference_packforcing.py --config_path configs/tiny/demo.yaml model.bundle=runs/story_dmd/bundle"
