@@ -57,6 +57,7 @@ def test_make_builds_a_stale_environment_again_and_keeps_a_good_one(tmp_path, st
 @pytest.mark.parametrize("activated", [False, True])
 def test_launchers_take_the_environment_of_the_folder_where_none_is_activated(tmp_path, name, activated):
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "runs" / "story").mkdir(parents=True)  # put together already
     script(tmp_path / ".venv" / "bin" / "torchrun", "#!/bin/sh\necho from the folder\n")
     script(tmp_path / "path" / "torchrun", "#!/bin/sh\necho from PATH\n")
     environment = {"PATH": f"{tmp_path / 'path'}:{os.environ['PATH']}"} | ({"VIRTUAL_ENV": "x"} if activated else {})

@@ -61,7 +61,7 @@ class FlowMatching:
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """latents, noise [B, C, F, H, W] float32, timestep and shares of the loss [B, G] (G 1, or a group a chunk),
-        captions of each clip, one or one a chunk."""
+        captions of each clip, one or one a chunk; chunks that have a share, `wanted`."""
         seed, train = self.config.seed, self.config.train
         frames = self.frames(step)
         groups = frames // self.config.video.frames_per_chunk if self.per_chunk else 1
@@ -84,6 +84,7 @@ class FlowMatching:
             "context_timestep": torch.tensor(context, device=self.device),  # [B]
             "captions": captions,
             "shares": loss_shares(weights, groups).to(self.device),
+            "wanted": [chunk for chunk in range(groups) if any(row is None or row[chunk] for row in weights)],
             "step": step,
             "indices": list(sample_indices),
         }
@@ -248,7 +249,7 @@ class ARDiffusionStage(ClipStage):
         def prompts(chunk: int) -> Prompts:
             return Prompts(self.text.encode([texts[chunk % len(texts)] for texts in captions]))  # one, or one a chunk
 
-        wanted = shares.any(0).nonzero().flatten().tolist() or [0]
+        wanted = batch["wanted"] or [0]
         if train.sharding != Sharding.none:  # forwards are collective
             wanted = list(range(shares.shape[1]))
         sampler = replace(self.config.sampler, guidance=1.0)
