@@ -77,6 +77,7 @@ def test_each_prompt_has_its_video(pipe):
         ({"video": np.stack([clip(5)] * 3), "num_frames": 13}, "3 given videos for 1: give one"),
         ({"video": clip(5), "image": clip(1)[0]}, "image and video are both given"),
         ({"video": "clip.mp4"}, "video is of type str: expected images or frames"),
+        ({"video": (clip(5) * 255).astype(np.uint8)}, "video has values from .* to 2.*: expected frames as floats"),
     ],
 )
 def test_bad_conditions_are_named(pipe, options, message):

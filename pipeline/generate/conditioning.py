@@ -159,6 +159,9 @@ def video(call: Conditioning, value: Any) -> None:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"video is of type {type(value).__name__}: expected images or frames as floats in 0..1 "
                           f"({error})") from error  # fmt: skip
+    if pixels.min() < -1.01 or pixels.max() > 1.01:  # 0..255 would be taken for very bright
+        found = f"video has values from {(pixels.min() + 1) / 2:g} to {(pixels.max() + 1) / 2:g}"
+        raise ConfigError(f"{found}: expected frames as floats in 0..1; divide uint8 frames by 255")
     chunks = max(1, (1 + (pixels.shape[2] - 1) // shape.temporal_stride) // size)
     missing = max(0, shape.frames(size) - pixels.shape[2])
     first = pixels[:, :, :1].expand(-1, -1, missing, -1, -1)

@@ -227,11 +227,8 @@ class DMDStage(GeneratorStage):
                 grad_step=self.exit_step(role, step),
                 grad_from=chunks - trained if role == "generator" else chunks,
             )
-            made = []  # [B, C, F, H, W] each
-            for index, latents in rollout.run(chunks, commit_last=False):
-                made.append(latents)
-                if index + 1 in shots:
-                    rollout.switch(shots[index + 1])
+            rolled = rollout.run(chunks, commit_last=False, parts=shots)
+            made = [latents for _, latents in rolled]  # [B, C, F, H, W] each
             video = torch.cat(made, dim=2)  # [B, C, N, H, W]
         expected = self._has_mid and self._reaches_mid(chunks, rollout.cache.geometry)
         if expected and rollout.mid_tokens_attended == 0:
