@@ -53,7 +53,7 @@ from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
 from utils.files import write_json
 from utils.load_config import load_config
-from utils.sprites.read import MARKED, accuracy
+from utils.sprites.read import READERS, accuracy
 from utils.sprites.recall import LEFT_OUT, RecallMark, recall
 from utils.sprites.story import FRAMES_PER_CHUNK, STRIDE, num_chunks
 from utils.sprites.world import FPS, held_out_captions
@@ -178,7 +178,7 @@ def row(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     cells |= {name: record[name] for name in ("bytes", "bytes_in_all", "frames_per_second")} | record["metrics"]
     for kind in ("said", "kept"):
         found = record[kind]
-        cells |= {f"{kind}/{name}": found[name] for name in MARKED if name in found}
+        cells |= {f"{kind}/{name}": found[name] for name in READERS if name in found}
         if found:
             cells[kind] = float(np.mean(list(found.values())))
     found = recall([RecallMark(**mark) for mark in record["recall"]])

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.data.schedule import Prompt
 from utils.cli import print_rows
 from utils.metrics import METRICS, measure
-from utils.sprites.read import MARKED, Mark, accuracy, read_seconds, score
+from utils.sprites.read import READERS, Mark, accuracy, read_seconds, score
 from utils.sprites.recall import CHANCE, LEFT_OUT, RECALLED, RecallMark, recall_table, score_story
 from utils.sprites.story import num_chunks, read_story
 from utils.sprites.world import parse_caption
@@ -49,7 +49,7 @@ def judge(frames: np.ndarray, fps: float, prompt: Prompt | None, name: str | Non
         if isinstance(prompt, str):
             facts, readings = parse_caption(prompt), read_seconds(frames, fps)
             marks = score(readings, facts)
-            outlines = [reading.outline for reading in readings if reading.present]
+            outlines = [reading.look.outline for reading in readings if reading.look.present]
         elif prompt is not None:
             recalled = score_story(frames, read_story(prompt, num_chunks(len(frames))))
     except ValueError as error:
@@ -86,9 +86,9 @@ def print_table(title: str, summary: dict[str, Any]) -> None:
     windows = summary["windows"]
     print(f"\n{title}: {summary['videos']} video{'s' if summary['videos'] > 1 else ''}")
     if windows:
-        kinds = [(window, kind) for window in windows for kind in ("captioned", "left_out")]
-        titles = ["attribute", *(f"{window} {kind}" for window, kind in kinds)]
-        print_rows([titles, *([name, *(windows[window][kind].get(name) for window, kind in kinds)] for name in MARKED)])
+        columns = {f"{window} {kind}": found for window, kinds in windows.items() for kind, found in kinds.items()}
+        rows = [[name, *(found.get(name) for found in columns.values())] for name in READERS]
+        print_rows([["attribute", *columns], *rows])
     if summary["outline"] is not None:
         print(f"IoU with the true outline {summary['outline']:.3f}")
     if summary["recall"]:
@@ -98,7 +98,7 @@ def print_table(title: str, summary: dict[str, Any]) -> None:
 
 def print_comparison(folders: dict[str, dict[str, Any]]) -> None:
     """One row per folder: captioned attributes over all seconds, then metrics."""
-    names = [name for name in MARKED if any(name in folder["captioned"] for folder in folders.values())]
+    names = [name for name in READERS if any(name in folder["captioned"] for folder in folders.values())]
     rows = [["", *names, *METRICS]]
     for folder, summary in folders.items():
         rows.append([folder, *map(summary["captioned"].get, names), *summary["metrics"].values()])

@@ -12,7 +12,7 @@ from scripts.evaluate import main
 from tests import tiny
 from utils import video
 from utils.metrics import METRICS
-from utils.sprites.read import MARKED
+from utils.sprites.read import READERS
 from utils.sprites.world import FPS, HELD_OUT_START, caption, render, sample_spec
 from utils.video import read_video
 
@@ -37,7 +37,7 @@ def test_videos_do_not_depend_on_the_batch(world, capsys, tmp_path):
     assert code == 0 and together["videos"] == 3
     _, apart = run(world, capsys, "--batch=2", f"--output_folder={tmp_path / 'b'}")
     assert together["windows"] == apart["windows"] and set(together["metrics"]) == set(METRICS)
-    assert set(together["windows"]["0-5 s"]["captioned"]) <= set(MARKED)
+    assert set(together["windows"]["0-5 s"]["captioned"]) <= set(READERS)
     for number in range(3):
         a, b = (read_video(tmp_path / folder / f"{number:04d}.mp4").astype(int) for folder in ("a", "b"))
         assert len(a) == 21 and np.abs(a - b).mean() < 0.5  # 3 chunks of 2 latent frames

@@ -2,12 +2,11 @@
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from utils.sprites.read import ATTRIBUTES, MARKED, MOVING, PRESENT, accuracy, look, read_seconds, score
+from utils.sprites.read import READERS, accuracy, look, read_seconds, score
 from utils.sprites.world import (
     COLOURS,
     DRIFTS,
@@ -23,7 +22,6 @@ from utils.sprites.world import (
     sample_spec,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 FLOOR = 0.99
 
 
@@ -52,10 +50,14 @@ def degrade(frames: np.ndarray, seed: int) -> np.ndarray:
     return np.clip(soft, 0, 255).astype(np.uint8)
 
 
+def motions(frames: np.ndarray) -> list[str | None]:
+    return [reading.values.get("motion") for reading in read_seconds(frames, FPS)]
+
+
 def test_raw_renders_are_read_right():
     specs = [sample_spec(5, HELD_OUT_START + index) for index in range(200)]
     result = rates([(spec, render(spec, 4 * FPS)) for spec in specs])
-    assert set(result) == set(MARKED)
+    assert set(result) == set(READERS)
     assert min(result.values()) >= FLOOR, result
 
 
@@ -136,33 +138,31 @@ def test_sprite_on_the_border_is_one_sprite(motion):
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_motion_is_read_from_the_second_second_on(motion):
     spec = replace(sample_spec(0, 2), motion=motion)
-    assert [reading.motion for reading in read_seconds(render(spec, 3 * FPS), FPS)] == [None, motion, motion]
+    assert motions(render(spec, 3 * FPS)) == [None, motion, motion]
 
 
 def test_a_standing_sprite_is_still():
     frames = np.repeat(render(sample_spec(0, 2), 1), 3 * FPS, axis=0)
-    assert [reading.motion for reading in read_seconds(frames, FPS)] == [None, "still", "still"]
+    assert motions(frames) == [None, "still", "still"]
 
 
 def test_a_circle_run_backwards_is_no_circle():
     spec = replace(sample_spec(0, 2), motion="circles", speed=28.0)
     backwards = render(spec, 3 * FPS)[::-1]
-    assert "circles" not in [reading.motion for reading in read_seconds(backwards, FPS)]
+    assert "circles" not in motions(backwards)
 
 
 def test_no_sprite_and_two_sprites_are_not_present():
     spec = replace(sample_spec(0, 2), motion="drifts left", start_x=0.25, start_y=0.5)
     ground = background_image(spec.background, spec.pattern)
     bare = np.repeat(ground[None], FPS, axis=0)
-    assert not read_seconds(bare.round().astype(np.uint8), FPS)[0].present
+    assert not read_seconds(bare.round().astype(np.uint8), FPS)[0].values["present"]
     two = bare.copy()
     draw_sprite(two, spec)
-    assert read_seconds(two.round().astype(np.uint8), FPS)[0].present
+    assert read_seconds(two.round().astype(np.uint8), FPS)[0].values["present"]
     draw_sprite(two, replace(spec, start_x=0.75))
-    reading = read_seconds(two.round().astype(np.uint8), FPS)[0]
-    assert not reading.present
-    assert reading.shape is None and reading.colour is None
-    assert (reading.background, reading.pattern) == (spec.background, spec.pattern)
+    seen = {"colour": None, "shape": None, "background": spec.background, "pattern": spec.pattern}
+    assert read_seconds(two.round().astype(np.uint8), FPS)[0].values == {"present": False, **seen}
 
 
 def test_a_colour_that_changes_is_wrong_from_then_on():
@@ -186,14 +186,14 @@ def test_the_wrong_caption_is_marked_wrong():
     wrong = CaptionFacts("white", "circle", "circles", "white", "gradient")
     assert (spec.colour, spec.shape, spec.background, spec.pattern) == ("red", "square", "magenta", "plain")
     marks = score(readings, wrong)
-    assert accuracy(marks, True, range(3)) == {PRESENT: 1.0, MOVING: 1.0, **dict.fromkeys(ATTRIBUTES, 0.0)}
+    assert accuracy(marks, True, range(3)) == dict.fromkeys(READERS, 0.0) | {"present": 1.0, "moving": 1.0}
 
 
 def test_a_sprite_that_stands_still_is_present_but_not_moving():
     spec = replace(sample_spec(0, 2), motion="drifts up")
     frames = np.repeat(render(spec, 1), 3 * FPS, axis=0)
     result = accuracy(score(read_seconds(frames, FPS), truth(spec)), True, range(3))
-    assert (result[PRESENT], result[MOVING], result["motion"]) == (1.0, 0.0, 0.0)
+    assert (result["present"], result["moving"], result["motion"]) == (1.0, 0.0, 0.0)
 
 
 def test_frames_that_cannot_be_read_are_refused():

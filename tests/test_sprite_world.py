@@ -7,6 +7,7 @@ import pytest
 
 from utils.sprites.world import (
     BASE_TONE,
+    CHOICES,
     COLOURS,
     DRIFTS,
     HELD_OUT_PAIRS,
@@ -150,6 +151,12 @@ def test_circles_run_clockwise_around_the_centre():
     assert np.allclose(np.linalg.norm(path, axis=1), spec.orbit * 64)
     cross = path[:-1, 0] * path[1:, 1] - path[:-1, 1] * path[1:, 0]
     assert (cross > 0).all()  # y points down
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_unknown_is_not_drawn(name):
+    with pytest.raises(ValueError, match=f"{name} is 'hexagon': expected one of {next(iter(CHOICES[name]))}"):
+        replace(TRAINING[0], **{name: "hexagon"})
 
 
 def test_sizes_that_cannot_be_drawn_are_refused():

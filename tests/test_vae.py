@@ -12,7 +12,7 @@ from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, t
 from pipeline.train.vae import VAEStage, latent_statistics
 from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
 from utils.distributed import World
-from utils.sprites.read import MARKED, MOVING, read_seconds, score
+from utils.sprites.read import READERS, read_seconds, score
 from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
 from utils.video import to_uint8
 
@@ -139,7 +139,7 @@ def test_samples_are_round_trips_with_readable_sidecars(tmp_path):
     stage.config.train.sample_held_out, stage.config.train.sample_frames = 2, 5
     scores = stage.sample(0, tmp_path, None)
     assert {path.name for path in tmp_path.glob("*.mp4")} == {"000.mp4", "001.mp4"}
-    assert set(scores) == set(MARKED) - {"motion", MOVING} and all(0 <= value <= 1 for value in scores.values())
+    assert set(scores) == set(READERS) - {"motion", "moving"} and all(0 <= value <= 1 for value in scores.values())
 
 
 def test_pixels_round_trip():
@@ -160,5 +160,5 @@ def test_shipped_vae_keeps_the_readings_of_held_out_clips():
         for mark in score(read_seconds(decoded, FPS), facts):
             total[mark.attribute] += 1
             right[mark.attribute] += mark.right
-    rates = {name: right[name] / total[name] for name in MARKED}
+    rates = {name: right[name] / total[name] for name in READERS}
     assert min(rates.values()) >= ROUND_TRIP_FLOOR, rates

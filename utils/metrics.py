@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.registry import Registry
+
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601 luma
 FLOW_HEIGHT = 64  # rows that motion is measured on
 FLOW_BLOCK = 8
@@ -72,14 +74,14 @@ class Metric:
         return float(self.summary(self.over_time(series)))
 
 
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry("metric")
 
 
 def metric(unit: str, summary: Callable[[np.ndarray], float] = lambda values: values[-1]):
     """Register a function of a `Series` under its name; the video's number is the last second's unless said."""
 
     def register(function: Callable[[Series], np.ndarray]) -> Callable[[Series], np.ndarray]:
-        METRICS[function.__name__] = Metric(unit, function, summary)
+        METRICS.register(function.__name__)(Metric(unit, function, summary))
         return function
 
     return register

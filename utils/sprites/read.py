@@ -8,24 +8,19 @@ stands out from it, shapes by laying true outlines on its mean mask, motions by 
 Everything is done on the torus, so a sprite that crosses a border stays one sprite.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from utils.registry import Registry
 from utils.sprites.motion import OTHER, STILL, read_motion
 from utils.sprites.world import CELL, COLOURS, PATTERNS, SHAPES, CaptionFacts, background_image, outline_distance
 
-SPRITE_ATTRIBUTES = ("colour", "shape", "motion")
-ATTRIBUTES = (*SPRITE_ATTRIBUTES, "background", "pattern")
-PRESENT, MOVING = "present", "moving"  # marks of their own: a sprite is there; it is, and does not stand still
-MARKED = (PRESENT, *ATTRIBUTES, MOVING)
-MOTION_SECONDS = 2  # that a motion is read from, the last one included
 REFERENCE_SECONDS = (1, 2, 3, 4)  # what the caption left out must stay as it is here
 
 ERROR_CAP = 60.0  # RGB distance at which a pixel counts as "not background at all"
@@ -42,18 +37,28 @@ OUTLINE_IOU = {"circle": 0.94, "square": 0.94, "triangle": 0.90}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one second shows; None where there is no sprite to read (and for motion before two seconds have passed).
-    `outline`: IoU with the outline of the nearest shape; below `OUTLINE_IOU` `shape` is "other"."""
+class Look:
+    """What some frames of `size` (height, width) show, taken together; `diameter` of the sprite in px, `centres` [F, 2]
+    as (x, y) px, `outline` its IoU with that of the nearest shape."""
 
-    second: int
+    size: tuple[int, int]
     present: bool
-    colour: str | None
-    shape: str | None
-    motion: str | None
+    colour: str
+    shape: str
     background: str
     pattern: str
-    outline: float | None
+    diameter: float
+    outline: float
+    centres: np.ndarray  # nan in frames without a sprite
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one second shows: as it looks, and by `READERS`; `values` lacks what takes more seconds than have passed."""
+
+    second: int
+    look: Look
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,56 +71,103 @@ class Mark:
     right: bool
 
 
-def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
-    """Read every whole second of a video.
+@dataclass(frozen=True)
+class Reader:
+    """One attribute.
 
-    Args:
-        frames: uint8 [num_frames, height, width, 3], at least one second of them.
-        fps: frames per second.
-
-    Raises ValueError for another dtype or shape, or for less than a second.
+    Attributes:
+        read: what the last `seconds` look like, frames per second -> its value; None where there is no sprite to read.
+        expected: what is right, whatever the caption; None: what the caption says, or what was in `REFERENCE_SECONDS`.
     """
+
+    read: Callable[[Sequence[Look], float], Any]
+    seconds: int = 1
+    expected: Any = None
+
+
+READERS: Registry[Reader] = Registry("reader")  # in the order of tables
+
+
+def reader(**options: Any) -> Callable[[Callable], Callable]:
+    """Decorator: register a function under its name; `options` as `Reader` has them."""
+
+    def register(function: Callable) -> Callable:
+        READERS.register(function.__name__)(Reader(function, **options))
+        return function
+
+    return register
+
+
+@reader(expected=True)
+def present(looks: Sequence[Look], fps: float) -> bool:
+    return looks[-1].present
+
+
+@reader()
+def colour(looks: Sequence[Look], fps: float) -> str | None:
+    return looks[-1].colour if looks[-1].present else None
+
+
+@reader()
+def shape(looks: Sequence[Look], fps: float) -> str | None:
+    """ "other" where the outline of the nearest shape fits less than `OUTLINE_IOU`."""
+    return looks[-1].shape if looks[-1].present else None
+
+
+@reader(seconds=2)
+def motion(looks: Sequence[Look], fps: float) -> str | None:
+    track = np.concatenate([seen.centres for seen in looks])
+    return read_motion(track, fps, *looks[-1].size) if looks[-1].present else None
+
+
+@reader()
+def background(looks: Sequence[Look], fps: float) -> str:
+    return looks[-1].background
+
+
+@reader()
+def pattern(looks: Sequence[Look], fps: float) -> str:
+    return looks[-1].pattern
+
+
+@reader(seconds=2, expected=True)
+def moving(looks: Sequence[Look], fps: float) -> bool:
+    """A sprite is there and does not stand still."""
+    return motion(looks, fps) not in (None, STILL)
+
+
+def read_seconds(frames: np.ndarray, fps: float) -> list[Reading]:
+    """Read every whole second of a video uint8 [F, H, W, 3]. Raises ValueError for another dtype or shape, or for less
+    than a second."""
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 [frames, height, width, 3], got {frames.dtype} {list(frames.shape)}")
     seconds = int(len(frames) / fps + 1e-6)
     if seconds < 1:
         raise ValueError(f"{len(frames)} frames at {fps} fps are less than one second: nothing to read")
-    starts = [round(second * fps) for second in range(seconds + 1)]
-    looks = [look(frames[start:stop]) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
-    readings, height = [], frames.shape[1]
+    looks = [look(frames[round(second * fps) : round((second + 1) * fps)]) for second in range(seconds)]
+    readings = []
     for second, seen in enumerate(looks):
-        motion = None
-        if seen.present and second >= MOTION_SECONDS - 1:
-            track = np.concatenate([looks[second - 1].centres, seen.centres])
-            motion = read_motion(track, fps, height, frames.shape[2])
-        shape = seen.shape if seen.present else None
-        colour, outline = (seen.colour, seen.outline) if seen.present else (None, None)
-        ground = seen.background, seen.pattern
-        readings.append(Reading(second, seen.present, colour, shape, motion, *ground, outline))
+        found = {name: each for name, each in READERS.items() if second + 1 >= each.seconds}
+        values = {name: each.read(looks[second + 1 - each.seconds : second + 1], fps) for name, each in found.items()}
+        readings.append(Reading(second, seen, values))
     return readings
 
 
 def score(readings: Sequence[Reading], facts: CaptionFacts) -> list[Mark]:
-    """Judge readings by a caption: what it says, per second; what it leaves out, by seconds 1 to 4 of the same video.
-    Motion and `MOVING` have no mark in second 0, where their two seconds have not passed."""
+    """Judge readings by a caption: by what it says; what it leaves out, by `REFERENCE_SECONDS` of the same video."""
     marks = []
-    for attribute in ATTRIBUTES:
-        said = getattr(facts, attribute)
-        expected = said if said is not None else _reference(readings, attribute)
+    for name, each in READERS.items():
+        said = getattr(facts, name, None) if each.expected is None else each.expected
+        expected = _reference(readings, name) if said is None else said
         for reading in readings:
-            if attribute == "motion" and reading.second < MOTION_SECONDS - 1:
-                continue
-            right = expected is not None and getattr(reading, attribute) == expected
-            marks.append(Mark(reading.second, attribute, said is not None, right))
-    for reading in readings:
-        marks.append(Mark(reading.second, PRESENT, True, reading.present))
-        if reading.second >= MOTION_SECONDS - 1:
-            marks.append(Mark(reading.second, MOVING, True, reading.motion not in (None, STILL)))
+            if name in reading.values:
+                right = expected is not None and reading.values[name] == expected
+                marks.append(Mark(reading.second, name, said is not None, right))
     return marks
 
 
-def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
-    values = [getattr(reading, attribute) for reading in readings if reading.second in REFERENCE_SECONDS]
+def _reference(readings: Sequence[Reading], name: str) -> Any:
+    values = [reading.values.get(name) for reading in readings if reading.second in REFERENCE_SECONDS]
     values = [value for value in values if value is not None]
     return Counter(values).most_common(1)[0][0] if values else None
 
@@ -123,23 +175,8 @@ def _reference(readings: Sequence[Reading], attribute: str) -> str | None:
 def accuracy(marks: Sequence[Mark], said: bool, seconds: range | None = None) -> dict[str, float]:
     """Share of right marks per attribute, over the given seconds and kind; attributes without a mark are absent."""
     picked = [mark for mark in marks if mark.said == said and (seconds is None or mark.second in seconds)]
-    by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in MARKED}
+    by_name = {name: [mark.right for mark in picked if mark.attribute == name] for name in READERS}
     return {name: sum(right) / len(right) for name, right in by_name.items() if right}
-
-
-@dataclass(frozen=True)
-class Look:
-    """What some frames show, taken together; `diameter` of the sprite in px, `centres` [F, 2] as (x, y) px, `outline`
-    its IoU with that of the nearest shape."""
-
-    present: bool
-    colour: str
-    shape: str
-    background: str
-    pattern: str
-    diameter: float
-    outline: float
-    centres: np.ndarray  # nan in frames without a sprite
 
 
 def look(frames: np.ndarray) -> Look:
@@ -155,7 +192,7 @@ def look(frames: np.ndarray) -> Look:
     area = windows[shown].sum(axis=(1, 2)).mean() if shown.any() else 0.0
     diameter = float(math.sqrt(area * AREA_TO_BOX[shape]))
     shape = shape if outline >= OUTLINE_IOU[shape] else OTHER
-    return Look(present, colour, shape, background, pattern, diameter, outline, centres)
+    return Look(frames.shape[1:3], present, colour, shape, background, pattern, diameter, outline, centres)
 
 
 @lru_cache(maxsize=4)

@@ -32,7 +32,7 @@ PAIR_CHOICES = ("any", "seen", "unseen")
 
 _COLOUR, _SHAPE, _MOTION, _PATTERN = map("|".join, (COLOURS, SHAPES, MOTIONS, PATTERNS))
 _CAPTION = re.compile(f"a (?:({_COLOUR}) )?({_SHAPE}|shape) ({_MOTION}) over a (?:({_COLOUR}) )?({_PATTERN})")
-_KNOWN = (*COLOURS, *SHAPES, *MOTIONS, *PATTERNS)
+CHOICES = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS, "background": COLOURS, "pattern": PATTERNS}
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
 BASE_TONE, SECOND_TONE = 0.40, 0.22
@@ -49,7 +49,7 @@ DROP_CLIP, DROP_WORD, EMPTY_CAPTION = 0.25, 0.5, 0.1
 class SpriteSpec:
     """What one clip shows, and which of its words the caption keeps. Lengths are fractions of the frame height
     (`diameter`, `orbit`) or of the free range of the sprite's centre (`start_x`, `start_y`); `speed` is in px/s and
-    `angle` in radians, clockwise from the x axis as y points down."""
+    `angle` in radians, clockwise from the x axis as y points down. Raises ValueError for what is not in `CHOICES`."""
 
     colour: str
     shape: str
@@ -66,6 +66,11 @@ class SpriteSpec:
     say_shape: bool = True
     say_background: bool = True
     say_anything: bool = True
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
 
     @property
     def pair_held_out(self) -> bool:
@@ -154,8 +159,9 @@ def parse_caption(text: str) -> CaptionFacts:
     words = text.lower().strip().rstrip(".").split()
     found = _CAPTION.fullmatch(" ".join(words))
     if words and found is None:
-        usage = "expected 'a [colour] shape motion over a [colour] pattern'"
-        raise ValueError(f"not a sprite-world caption: {text!r}; {usage} of {', '.join(_KNOWN)}")
+        known = ", ".join((*COLOURS, *SHAPES, *MOTIONS, *PATTERNS))
+        usage = f"expected 'a [colour] shape motion over a [colour] pattern' of {known}"
+        raise ValueError(f"not a sprite-world caption: {text!r}; {usage}")
     colour, shape, motion, background, pattern = found.groups() if words else [None] * 5
     return CaptionFacts(colour, None if shape == "shape" else shape, motion, background, pattern)
 
