@@ -3,10 +3,15 @@
 A random compressor is of no use to the generator, so that DMD, which reaches it through one chunk or two of a rollout,
 hardly moves it. Averages of the DiT's own patch embedding its blocks can read at once (`cache.compressor.kv=forward`),
 and convolutions learn to give them in minutes, without a single forward of the DiT.
+
+The second lesson (`train.through_cache`) is memory itself: with compressed chunks the generator, which stays as it is,
+is to say what it says with the same chunks at full resolution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +20,15 @@ from einops import rearrange
 
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS, embedded_tokens
+from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.flow import ClipStage
 from pipeline.train.method import method
 from pipeline.train.roles import load_student
 from pipeline.train.text import TextConditioning
+from utils.choices import CompressedKV
 from utils.config import Config, ConfigError, Sharding
 from utils.distributed import World
+from utils.rng import keyed_generator
 
 
 @method("compressor")
@@ -53,3 +61,29 @@ class CompressorStage(ClipStage):
         grid = compressor.grid(self.transformer.geometry(*latents.shape[-2:]), compressor.channels)
         wanted = embedded_tokens(self.transformer.patch_embedding, latents, grid)  # [B*G, N_c, dim]
         return F.mse_loss(compressor(latents).float(), wanted.float()) / wanted.float().var(0).mean(), {}
+
+    def losses(self, role: str, batch: dict[str, Any], step: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+        """The first lesson whole; of the second (`train.through_cache`) a part a chunk: mean squared distance of the
+        flow from that against the same cache at full resolution."""
+        if not self.config.train.through_cache:
+            yield self.loss(role, batch, step)
+            return
+        cache, chunks = self.config.cache, batch["shares"].shape[1]
+        wanted = [chunk for chunk in batch["wanted"] if chunk > cache.sink + cache.recent] or [chunks - 1]
+        whole = replace(cache, compressor=replace(cache.compressor, kind="identity", kv=CompressedKV.project))
+        batch = batch | {"timestep": self.sampled_timesteps(batch)}
+        taught, given = self.through_cache(batch, wanted), self.through_cache(batch, wanted, whole)
+        for chunk, flow in taught:
+            with torch.no_grad():
+                _, target = next(given)
+            errors = (flow - target).square().mean((1, 2, 3, 4))  # [B]
+            yield (errors * batch["shares"][:, chunk]).sum() / batch["shares"].numel(), {}
+
+    def sampled_timesteps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """[B, G] of the steps that a few-step generator takes; what was drawn from the whole table for another."""
+        drawn, sampler = batch["timestep"], self.config.sampler
+        if sampler.kind != "few_step":
+            return drawn
+        steps = torch.tensor(few_step_timesteps(sampler, self.clips.schedule)).to(drawn)
+        picks = [keyed_generator(self.config.seed, "step", batch["step"], index) for index in batch["indices"]]
+        return steps[torch.stack([torch.randint(len(steps), drawn.shape[1:], generator=draw) for draw in picks])]

@@ -7,7 +7,7 @@ one timestep a chunk, and the clean clip beside the noisy one under the block ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.train.plan import StepPlan
 from pipeline.train.roles import load_causal, load_text, load_wan, prepare
 from pipeline.train.text import TextConditioning
 from pipeline.train.through_cache import flows_through_cache, loss_shares
-from utils.config import Config, ConfigError, DataKind, LossWeighting, Sharding
+from utils.config import CacheConfig, Config, ConfigError, DataKind, LossWeighting, Sharding
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 
@@ -196,6 +196,28 @@ class ClipStage(GeneratorStage):
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         return self.clips.batch(step, sample_indices)
 
+    def through_cache(
+        self, batch: dict[str, Any], wanted: Collection[int], cache: CacheConfig | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """`flows_through_cache` of a batch's noisy chunks, `wanted` ones, against `cache`, else the configured one."""
+
+        def context_noise(chunk: int, denoising_step: int, shape: tuple[int, ...]) -> torch.Tensor:
+            keys = ((self.config.seed, "context", batch["step"], index, chunk) for index in batch["indices"])
+            return torch.stack([keyed_randn(shape, *key) for key in keys])
+
+        captions = batch["captions"]
+
+        def prompts(chunk: int) -> Prompts:
+            return Prompts(self.text.encode([texts[chunk % len(texts)] for texts in captions]))  # one, or one a chunk
+
+        sampler = replace(self.config.sampler, guidance=1.0)
+        rollout = self.new_rollout(sampler, prompts(0), context_noise, cache=cache)
+        noisy, _ = self.clips.noisy(batch)
+        level = batch["context_timestep"] if self.config.train.context_noise_timestep > 0 else None
+        return flows_through_cache(
+            rollout, batch["latents"], noisy, batch["noise"], batch["timestep"], prompts, level, wanted
+        )
+
 
 @method("teacher")
 class TeacherStage(ClipStage):
@@ -240,24 +262,9 @@ class ARDiffusionStage(ClipStage):
             yield self.loss(role, batch, step)
             return
 
-        def context_noise(chunk: int, denoising_step: int, shape: tuple[int, ...]) -> torch.Tensor:
-            keys = ((self.config.seed, "context", step, index, chunk) for index in batch["indices"])
-            return torch.stack([keyed_randn(shape, *key) for key in keys])
-
-        shares, captions = batch["shares"], batch["captions"]
-
-        def prompts(chunk: int) -> Prompts:
-            return Prompts(self.text.encode([texts[chunk % len(texts)] for texts in captions]))  # one, or one a chunk
-
         wanted = batch["wanted"] or [0]
         if train.sharding != Sharding.none:  # forwards are collective
-            wanted = list(range(shares.shape[1]))
-        sampler = replace(self.config.sampler, guidance=1.0)
-        rollout = self.new_rollout(sampler, prompts(0), context_noise)
-        noisy, _ = self.clips.noisy(batch)
-        flows = flows_through_cache(
-            rollout, batch["latents"], noisy, batch["noise"], batch["timestep"], prompts,
-            batch["context_timestep"] if train.context_noise_timestep > 0 else None, wanted,
-        )  # fmt: skip
+            wanted = list(range(batch["shares"].shape[1]))
+        flows = self.through_cache(batch, wanted)
         for chunk, flow in flows:
             yield self.clips.loss(flow, batch, slice(chunk, chunk + 1))

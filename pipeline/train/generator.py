@@ -28,7 +28,7 @@ from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
 from pipeline.train.text import TextConditioning
-from utils.config import Config, ConfigError, SamplerConfig, TextPlacement
+from utils.config import CacheConfig, Config, ConfigError, SamplerConfig, TextPlacement
 
 
 class Generator(nn.Module):
@@ -100,19 +100,22 @@ class GeneratorStage(Stage):
     def vae(self) -> AutoencoderKLWan:
         return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(self.device)
 
-    def new_cache(self) -> PackCache:
-        """An empty cache as `cache` describes it, for the generator and the stage's latents."""
-        video = self.config.video
-        return PackCache.for_model(self.transformer, self.config.cache, *self.latent_shape[1:], video.trained_frames)
+    def new_cache(self, cache: CacheConfig | None = None) -> PackCache:
+        """An empty cache as `cache`, else the config's, describes it, for the generator and the stage's latents."""
+        frames = self.config.video.trained_frames
+        return PackCache.for_model(self.transformer, cache or self.config.cache, *self.latent_shape[1:], frames)
 
     @cached_property
     def decoder_vae(self) -> AutoencoderKLWan:
         """The frozen VAE, kept for rollouts that look at pixels."""
         return self.vae()
 
-    def new_rollout(self, sampler: SamplerConfig, prompts: Prompts, noise: NoiseSource, **options: Any) -> Rollout:
-        """A rollout of the generator with an empty cache; `options` as `Rollout` has them."""
-        cache = self.new_cache()
+    def new_rollout(
+        self, sampler: SamplerConfig, prompts: Prompts, noise: NoiseSource, cache: CacheConfig | None = None,
+        **options: Any,
+    ) -> Rollout:  # fmt: skip
+        """A rollout of the generator with an empty cache (`new_cache`); `options` as `Rollout` has them."""
+        cache = self.new_cache(cache)
         decoder = StreamingDecoder(self.decoder_vae) if cache.needs_pixels else None
         return Rollout(self.transformer, cache, sampler, prompts, noise, decoder=decoder, **options)
 

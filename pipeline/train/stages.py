@@ -11,7 +11,8 @@ from utils.distributed import World
 def build_stage(config: Config, device: torch.device, world: World) -> Stage:
     """The stage that `train.stage` names. Loads models and data; raises `ConfigError` for what is missing."""
     name = config.train.stage
-    if config.train.through_cache and name != "ar_diffusion":
-        raise ConfigError(f"setting `train.through_cache`: stage {name} does not know it; it is for ar_diffusion")
+    if config.train.through_cache and name not in ("ar_diffusion", "compressor"):
+        raise ConfigError(f"setting `train.through_cache`: stage {name} does not know it; it is for ar_diffusion and "
+                          "compressor")  # fmt: skip
     METHODS[name].check(config)
     return METHODS[name](config, device, world)
