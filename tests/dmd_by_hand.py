@@ -43,7 +43,8 @@ def generator_gradient(stage, batch, step, x0):
         cond = flow_of(stage.teacher, noisy, timestep, stage, prompt)
         uncond = flow_of(stage.teacher, noisy, timestep, stage, "a green square")
         fake_x0, cond_x0, uncond_x0 = (noisy - sigma * flow for flow in (fake, cond, uncond))
-        real_x0 = cond_x0 + 3.0 * (cond_x0 - uncond_x0)
+        scale = 3.0 if timestep >= stage.config.dmd.guidance_above else 0.0
+        real_x0 = cond_x0 + scale * (cond_x0 - uncond_x0)
         gradient = (fake_x0 - real_x0) / (own - real_x0).abs().mean()
         errors = [(flow - (noise - own)).square().mean().item() for flow in (fake, cond)]
         result.append((gradient, *errors))

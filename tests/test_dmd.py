@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,8 +29,12 @@ def stage(root):
     return make_stage(root, "dmd")
 
 
-def test_generator_loss_and_its_gradient(stage):
+@pytest.mark.parametrize("guides_all", [True, False])
+def test_generator_loss_and_its_gradient(stage, monkeypatch, guides_all):
     step, batch = 7, stage.batch(7, INDICES)
+    if not guides_all:  # one of the two samples only
+        above = sum(drawn("generator", step, index)[0] for index in INDICES) / 2
+        monkeypatch.setattr(stage, "config", replace(stage.config, dmd=replace(stage.config.dmd, guidance_above=above)))
     loss, logs = stage.loss("generator", batch, step)
     loss.backward()
     found = gradients(stage.modules["generator"])

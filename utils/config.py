@@ -264,6 +264,7 @@ class DMDConfig:
     critic_updates: int = within("[1, 1e6]", 5)  # per update of the generator
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
     guidance: float = within("[0, 1000]", 3.0)  # of the real score: cond + g * (cond - uncond)
+    guidance_above: float = within("[0, 1000]", 0.0)  # timestep; below it the real score is cond
     score_shift: float = within("(0, 1000]", 5.0)  # of the timesteps at which both scores are asked
     min_timestep: float = within("(0, 1000]", 20.0)
     max_timestep: float = within("(0, 1000]", 980.0)

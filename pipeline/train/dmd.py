@@ -292,7 +292,8 @@ class DMDStage(GeneratorStage):
             fake, real, uncond = (
                 self.schedule.flow_to_x0(flow, noisy, timestep) for flow in (critic_flow, teacher_flow, uncond_flow)
             )
-            gradient = kl_gradient(x0, fake, guided(real, uncond, self.config.dmd.guidance))
+            guidance = self.config.dmd.guidance * (timestep >= self.config.dmd.guidance_above)  # [B]
+            gradient = kl_gradient(x0, fake, guided(real, uncond, guidance[:, None, None, None, None]))
             critic_error, teacher_error = (flow_loss(flow, noise, x0).mean() for flow in (critic_flow, teacher_flow))
         loss = dmd_loss(x0[:, :, skip:], gradient[:, :, skip:])
         return loss.float(), {

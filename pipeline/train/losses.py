@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float) -> torch.Tensor:
+def guided(cond: torch.Tensor, uncond: torch.Tensor, guidance: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance of the DMD real score: cond + g * (cond - uncond)."""
     return cond + guidance * (cond - uncond)
 
