@@ -31,7 +31,6 @@ class History(Protocol):
         self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mid: Pair | None
     ) -> Pair: ...
     def chosen_mid(self, layer: int, query: torch.Tensor) -> Pair: ...
-    def small_selection(self, layer: int) -> torch.Tensor: ...
     def extend_small(self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair: ...
 
 
@@ -125,7 +124,8 @@ class SmallFrame(NamedTuple):
     """What the tokens of a compressed chunk need to pass through the blocks (`cache.compressor.kv=forward`).
 
     Attributes:
-        context: of the chunk they stand for; they attend its history and themselves.
+        context: of the chunk they stand for; they attend its history and themselves. Once it is committed, what is left
+            of it: `model.cache.context.Attended`.
         rotation: of the tokens.
         modulation: [B, 1, 6, dim] of the timestep that the chunk was committed at.
         text_kv: the prompts' K, V of that commit.

@@ -1,5 +1,8 @@
 """Teacher forcing through the cache: the contexts of inference, one chunk's memory, captions and weights per chunk."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings
@@ -194,3 +197,17 @@ def test_shares_are_one_on_average():
 def test_other_stages_refuse_it(root):
     with pytest.raises(ConfigError, match="train.through_cache.*stage dmd.*ar_diffusion"):
         make_stage(root, "dmd", "train.through_cache=true")
+
+
+def test_the_cache_is_gone_with_its_rollout(root, monkeypatch):
+    """Without waiting for Python to look for circles, which it does the more rarely the more objects there are."""
+    stage = make(root, Story(7), "cache.compressor.kv=forward")
+    caches, new_cache = [], stage.new_cache
+    monkeypatch.setattr(stage, "new_cache", lambda *args: caches.append(weakref.ref(cache := new_cache(*args))) or cache)
+    gc.collect()
+    gc.disable()
+    try:
+        parts(stage, stage.batch(0, INDICES))
+        assert len(caches) == 1 and caches[0]() is None
+    finally:
+        gc.enable()

@@ -78,7 +78,7 @@ class PackCache(CacheState):
         if context.will_be_compressed:
             self._archive(chunk, kv)
             if kv.frame is not None:
-                self.frames[chunk] = kv.frame
+                self.frames[chunk] = kv.frame._replace(context=context.attended())
         self._last_selection = context.selected_at, context.selection
         self.num_chunks += 1
         for chunk in [chunk for chunk in self.frames if chunk < self.archived.start]:

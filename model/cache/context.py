@@ -27,6 +27,33 @@ class _Frozen(NamedTuple):
     history: list[tuple[float, Held]]  # (start, K and V) of sink and recent chunks
     mid: tuple[torch.Tensor, torch.Tensor] | None  # K, rotated, and V [B, k * N_c, heads, D]; None: computed anew
 
+    def with_own(self, key: torch.Tensor, value: torch.Tensor, mid: Pair | None = None) -> Pair:
+        """K, V of all that was attended and, last, the chunk's own; `mid`: in place of what was kept."""
+        parts = [held.at(start) for start, held in self.history]
+        if self.selected.shape[1]:
+            parts.append(mid or self.mid)
+        keys, values = zip(*parts, (key, value), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
+class Attended(NamedTuple):
+    """What the compressed tokens of a committed chunk attended, by layer, to let them pass again with gradient.
+
+    The cache keeps it in the context's place: a context holds its cache, and in a circle both would outlive the rollout
+    until Python looks for circles, with all of their K and V.
+    """
+
+    layers: dict[int, _Frozen]
+    keeps_query: bool = False
+
+    def small_selection(self, layer: int) -> torch.Tensor:
+        """Ids [B, k] of the mid chunks attended."""
+        return self.layers[layer].selected
+
+    def extend_small(self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
+        """As `ChunkContext.extend_small`."""
+        return self.layers[layer].with_own(key, value)
+
 
 class ChunkContext:
     """The fixed, read-only history of one chunk, resolved layer by layer at its first forward.
@@ -218,9 +245,9 @@ class ChunkContext:
         """Rotation of the chunk's compressed tokens, in the chunk's place."""
         return self.cache.mid_rotation(self.times.now, device)
 
-    def small_selection(self, layer: int) -> torch.Tensor:
-        """Ids [B, k] of the mid chunks that the chunk's compressed tokens attended, where that was kept."""
-        return self._frozen[layer, True].selected
+    def attended(self) -> Attended:
+        """What the chunk's compressed tokens attended, where that was kept."""
+        return Attended({layer: frozen for (layer, is_small), frozen in self._frozen.items() if is_small})
 
     def extend_small(self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
         """As `extend`, which comes before it, with the chunk's compressed tokens [B, N_c, heads, D] in its place."""
@@ -267,12 +294,9 @@ class ChunkContext:
                 history = [(start, workspace.hold(chunk, slot(chunk))) for chunk, start in self.history_starts()]
             archived = self._rotated_mid(layer, selected) if selected.shape[1] and mid is None else None
             self._frozen[layer, is_small] = _Frozen(selected, history, archived)
-        frozen = self._frozen[layer, is_small]
-        parts = [held.at(start) for start, held in frozen.history]
-        if selected.shape[1]:
-            parts.append(frozen.mid if mid is None else (self._mid_rotation(selected, device)(mid[0]), mid[1]))
-        keys, values = zip(*parts, (key, value), strict=True)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        if mid is not None:
+            mid = self._mid_rotation(selected, device)(mid[0]), mid[1]
+        return self._frozen[layer, is_small].with_own(key, value, mid)
 
     def history_starts(self) -> list[tuple[int, float]]:
         """(chunk, time of its first latent frame) of the full-resolution history."""
