@@ -1,13 +1,17 @@
 """The `pooled` compressor, and the stage that teaches a trainable one to give the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from distill import CHANNELS, CHUNK, CPU, SIZE, make_stage, settings
+from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings
+from test_through_cache import INDICES, WORDS, Story
 from toy import randn
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.sampler import few_step_timesteps
 from pipeline.load import load_transformer
 from pipeline.train.trainer import Trainer
 from utils.config import ConfigError
@@ -74,3 +78,33 @@ def test_a_compressor_learns_the_averages(root, tmp_path):
 def test_mistakes_are_named(root, override, message):
     with pytest.raises(ConfigError, match=message):
         make_stage(root, "compressor", override)
+
+
+def test_the_second_lesson_is_what_full_resolution_says(root):
+    """Loss and gradient of returning chunks against two rollouts by hand; only the compressor has a gradient."""
+    stage = make_stage(root, "compressor", "train.through_cache=true", "cache.compressor.kv=forward")
+    config, stage.clips.data = stage.config, Story(5, weights=[0.0, 0.0, 0.0, 1.0, 3.0])
+    batch = stage.batch(3, INDICES)
+    found = [loss.item() for loss, _ in stage.losses("generator", batch, 3) if loss.backward() is None]
+    model, noise = stage.transformer, {}
+    steps = stage.sampled_timesteps(batch)
+    assert set(steps.flatten().tolist()) <= set(few_step_timesteps(config.sampler, stage.clips.schedule))
+    got = gradients(stage.modules["generator"])
+    assert got and all("pack_compressor." in name for name in got) and all(g.abs().max() > 0 for g in got.values())
+
+    flows = []
+    for kind, kv in (("identity", "project"), ("hr_spatial", "forward")):
+        cache = replace(config.cache, compressor=replace(config.cache.compressor, kind=kind, kv=kv))
+        cache = PackCache.for_model(model, cache, *SIZE, config.video.trained_frames)
+        rollout = Rollout(model, cache, config.sampler, Prompts(stage.text.encode(WORDS[:2])), lambda *_: noise)
+        for chunk, clean in enumerate(batch["latents"].split(CHUNK, 2)):
+            pure, t = batch["noise"].split(CHUNK, 2)[chunk], steps[:, chunk]
+            rollout.prompts = Prompts(stage.text.encode([captions[chunk] for captions in batch["captions"]]))
+            context = cache.context()
+            if context.chooses:
+                rollout.flow(pure, few_step_timesteps(config.sampler, stage.clips.schedule)[0], context)
+            noisy = stage.clips.schedule.add_noise(clean, pure, t[:, None].expand(-1, CHUNK))
+            flows.append(rollout.flow(noisy, t, context))
+            rollout.commit(clean, context)
+    by_hand = [(whole - small).square().mean().item() for whole, small in zip(flows[:5], flows[5:], strict=True)]
+    assert found == pytest.approx([0.25 * by_hand[3], 0.75 * by_hand[4]], rel=1e-4)
