@@ -203,7 +203,13 @@ def test_the_cache_is_gone_with_its_rollout(root, monkeypatch):
     """Without waiting for Python to look for circles, which it does the more rarely the more objects there are."""
     stage = make(root, Story(7), "cache.compressor.kv=forward")
     caches, new_cache = [], stage.new_cache
-    monkeypatch.setattr(stage, "new_cache", lambda *args: caches.append(weakref.ref(cache := new_cache(*args))) or cache)
+
+    def watched(*args):
+        cache = new_cache(*args)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(stage, "new_cache", watched)
     gc.collect()
     gc.disable()
     try:
