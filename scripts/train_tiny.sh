@@ -13,7 +13,7 @@ bin=$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && echo .venv/bin/ 
 export OMP_NUM_THREADS=1 # a rank a core; two threads in one rank would wait for each other in every operation
 
 single="vae teacher ar_diffusion teacher_motion consistency dmd"
-stories="story_stills story_ar story_compressor story_dmd"
+stories="story_stills story_ar story_compressor story_dmd story_memory"
 for stage in ${STAGES:-$single $stories}; do
   echo "== $stage"
   if [ "$stage" = story_compressor ] && [ ! -d runs/story ]; then # what distillation changed, added to what stories taught
@@ -25,4 +25,4 @@ for stage in ${STAGES:-$single $stories}; do
 done
 
 echo "make videos with it:"
-echo "  ${bin}python inference_packforcing.py --config_path configs/tiny/demo.yaml model.bundle=runs/story_dmd/bundle"
+echo "  ${bin}python inference_packforcing.py --config_path configs/tiny/demo.yaml model.bundle=runs/story_memory/bundle"
