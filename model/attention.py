@@ -123,17 +123,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm in the dtype of its input, which autocast on CUDA would make float32, and with it the KV cache; with
-    fewer passes over memory on CPU, where PyTorch has no fused kernel of it."""
+    """RMS norm in the dtype of its input, which autocast on CUDA would make float32, and with it the KV cache."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, dim] -> [B, L, dim]."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            with exact(x.device.type):  # one kernel, float32 inside
-                return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [B, L, 1]
-        scale = torch.rsqrt(squares / x.shape[-1] + self.eps)
-        return (x * scale * self.weight).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Over the last dimension, float32 inside, in the dtype of x; with fewer passes over memory on CPU, where PyTorch
+    has no fused kernel of it."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        with exact(x.device.type):
+            return nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
+    return (x * torch.rsqrt(squares / x.shape[-1] + eps) * weight).type_as(x)
 
 
 def project(attn: WanAttention, x: torch.Tensor, parts: str) -> list[torch.Tensor]:

@@ -42,6 +42,7 @@ def latents():
 
 @pytest.fixture(scope="module")
 def one_shot(vae, latents):
+    vae = small_vae(vae.config.patch_size)  # the library's own, untouched
     with torch.no_grad():
         return vae.decode(denormalise(vae, latents)).sample
 
@@ -94,3 +95,12 @@ def test_denormalise(vae):
 def test_wrong_channels(vae):
     with pytest.raises(ValueError, match="3 channels"):
         StreamingDecoder(vae).decode(torch.zeros(1, 3, 1, 4, 6))
+
+
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_library(vae, latents, one_shot):
+    ours, theirs = (small_vae(vae.config.patch_size).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        theirs = theirs.decode(denormalise(theirs, latents)).sample
+    ours = torch.cat(stream(ours, latents, 2), dim=2)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - one_shot).abs().mean() < 1.1 * (theirs - one_shot).abs().mean()

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -28,6 +29,9 @@ FREE = {  # moves nothing
     aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold, aten.resize_, aten.empty, aten.empty_like,
     aten.empty_strided, aten.new_empty,
 }  # fmt: skip
+OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}  # do not read what they write to
+GATHERS = {aten.index, aten.index_select, aten.embedding, aten.gather}  # read as much of the first as they give
+SCATTERS = {aten.index_put_, aten.index_copy_}  # write as much of the first as the last holds
 
 
 class Counts(Stopwatch):
@@ -135,9 +139,18 @@ class Counts(Stopwatch):
                 flops *= self.density.get((query.shape[-2], key.shape[-2]), 1)
             self.flops[kind][self.label] += flops
         else:
-            size = sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+            unread = args[0] if packet in OVERWRITES | GATHERS | SCATTERS else kwargs.get("out")
+            inputs = [x for x in inputs if x is not unread]
+            outputs = inputs[-1:] if packet in SCATTERS else outputs
+            size = sum(map(_covered, [*inputs, *outputs])) + sum(map(_covered, outputs)) * (packet in GATHERS)
             self.moved[self.label] += size
             self.by_operation[packet.__name__] += size
+
+
+def _covered(tensor: torch.Tensor) -> int:
+    """Bytes of memory that a tensor covers, each once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return prod(sizes) * tensor.element_size()
 
 
 def _rounded(size: int) -> int:
