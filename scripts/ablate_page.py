@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import matplotlib
@@ -18,51 +19,7 @@ from utils.sprites.recall import CHANCE, LEFT_OUT, SINCE, RecallMark, recall_tab
 
 COLOURS = matplotlib.colormaps["tab10"]
 Video = tuple[dict[str, Any], dict[str, Any]]  # line of results.csv, record
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 2px 8px; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-.scroll {{ overflow-x: auto; }}
-.videos {{ display: flex; flex-wrap: wrap; gap: 8px; }}
-figure {{ margin: 0; }}
-video {{ width: 288px; image-rendering: pixelated; background: #000; }}
-#bar {{ position: sticky; top: 0; background: #fff; padding: 6px 0; display: flex; gap: 8px; align-items: center; }}
-#seek {{ flex: 1; }}
-</style>
-<h1>{title}</h1>
-<div id="bar"><button id="play">play</button><input id="seek" type="range" min="0" max="1" step="0.001" value="0">
-<span id="time">0.0 s</span></div>
-{videos}
-<h2>Mean ± std over seeds</h2><div class="scroll">{table}</div>
-<h2>Against bytes that a chunk attends</h2>{pareto}
-{recall}
-<h2>Over time</h2>{curves}
-<script>
-const videos = [...document.querySelectorAll("video")], first = videos[0];
-const play = document.getElementById("play"), seek = document.getElementById("seek");
-function align(limit) {{
-  for (const video of videos)
-    if (Math.abs(video.currentTime - first.currentTime) > limit) video.currentTime = first.currentTime;
-}}
-play.onclick = () => {{
-  if (first.paused) {{ align(0); videos.forEach(video => video.play()); }}
-  else {{ videos.forEach(video => video.pause()); align(0); }}
-}};
-seek.oninput = () => {{ first.currentTime = seek.value * first.duration; align(0); }};
-if (first) {{
-  first.onplay = () => play.textContent = "pause";
-  first.onpause = () => play.textContent = "play";
-  first.ontimeupdate = () => {{
-    seek.value = first.currentTime / first.duration;
-    document.getElementById("time").textContent = first.currentTime.toFixed(1) + " s";
-    align(0.15);
-  }};
-}}
-</script></html>
-"""
+PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -176,14 +133,8 @@ def video_rows(folder: Path, videos: list[Video], count: int) -> str:
 
 
 def write_page(path: Path, videos: list[Video], summary: list[dict[str, Any]], count: int) -> None:
-    """Write the page.
-
-    Args:
-        videos: a row's `video` is relative to the page.
-        summary: of every cell.
-        count: prompts whose videos the page holds.
-    """
-    page = PAGE.format(
+    """A row's `video` is relative to the page, which holds those of `count` prompts; `summary`: of every cell."""
+    page = PAGE.substitute(
         title=html.escape(f"{len(summary)} settings, {len(videos)} videos"),
         videos=video_rows(path.parent, videos, count),
         table=table(summary),
