@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.sprites.read import READERS, accuracy, look, read_seconds, score
+from utils.sprites.look import look
+from utils.sprites.read import READERS, accuracy, read_seconds, score
 from utils.sprites.world import (
     COLOURS,
     DRIFTS,

@@ -4,8 +4,6 @@ Straight lines, lines folded at walls, and uniform circles are all linear in the
 angular speed are fixed, so each family is a table of basis functions and one projection.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 
@@ -25,15 +23,8 @@ ORBIT_RANGE = (0.14, 0.42)  # of the height
 
 
 def read_motion(track: np.ndarray, fps: float, height: int, width: int) -> str:
-    """Name the motion of a track.
-
-    Args:
-        track: float [F, 2], (x, y) px on the torus, nan where no sprite was seen.
-        fps, height, width: of the video.
-
-    Returns:
-        One of the sprite world's motions, "still", or "other" (no path fits, or too few frames show a sprite).
-    """
+    """Name the motion of a track [F, 2], (x, y) px on the torus, nan where no sprite was seen: one of the sprite
+    world's motions, "still", or "other" (no path fits, or too few frames show a sprite)."""
     seen = ~np.isnan(track[:, 0])
     if seen.mean() < MIN_SHARE:
         return OTHER

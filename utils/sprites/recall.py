@@ -6,7 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
-from utils.sprites.read import look
+from utils.sprites.look import look
 from utils.sprites.story import Story
 from utils.sprites.world import COLOURS, DIAMETER
 

@@ -41,22 +41,14 @@ FRAMES_PER_CHUNK, STRIDE = 3, 4  # latent frames of a chunk, pixel frames of a l
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot.
+    """One shot; its place and length are in chunks."""
 
-    Attributes:
-        spec: what it shows; a returning shot's leaves its colours unsaid.
-        start, chunks: place and length in chunks.
-        returning: whether its character was seen before.
-        since: chunks between its character's last shot and this one; 0 for a first shot.
-        between: shots between the two.
-    """
-
-    spec: SpriteSpec
+    spec: SpriteSpec  # what it shows; a returning shot's leaves its colours unsaid
     start: int
     chunks: int
-    returning: bool
-    since: int = 0
-    between: int = 0
+    returning: bool  # whether its character was seen before
+    since: int = 0  # chunks between its character's last shot and this one
+    between: int = 0  # shots between the two
 
     @property
     def full_caption(self) -> str:
@@ -100,12 +92,8 @@ def num_chunks(frames: int) -> int:
 
 
 def sample_story(seed: int, index: int, chunks: int, shot_chunks: Sequence[int] = (1, 1)) -> Story:
-    """Story `index` of the world `seed`: a pure function of its arguments; held out from `HELD_OUT_START` on.
-
-    Args:
-        chunks: length of the whole.
-        shot_chunks: (least, most) chunks of a shot; the last is cut where the story ends.
-    """
+    """Story `index` of the world `seed`, `chunks` long: a pure function of its arguments; held out from
+    `HELD_OUT_START` on. `shot_chunks`: (least, most) of a shot; the last is cut where the story ends."""
     return _tell(seed, index, lambda rng, start: min(draw_length(rng, shot_chunks), chunks - start))
 
 
@@ -125,7 +113,7 @@ def _tell(
 ) -> Story:
     """Shots of the lengths that `next_length` names, until it names none; shot `last` shows who was seen, if it can."""
     rng = np.random.default_rng([seed, index, STREAM])
-    cast, shots, start = _allowed_cast(rng, index), [], 0
+    cast, shots, start = _draw_cast(rng, index), [], 0
     who = int(rng.integers(len(cast)))
     while length := next_length(rng, start):
         shots.append(_next_shot(shots, _draw_shot(rng, cast[who]), length))
@@ -141,16 +129,11 @@ def _tell(
 def sample_return(
     seed: int, index: int, since: int, between: int | None = None, shot_chunks: int = 1, opening: int = 0
 ) -> Story:
-    """A story whose last shot brings a character back after `since` chunks of the two others.
-
-    Args:
-        between: shots that these chunks are cut into, as evenly as can be; None: two, or more so that none is longer
-            than 16 chunks.
-        shot_chunks: length of the character's two shots.
-        opening: chunks of another character before them, so that the sink does not hold the one that comes back.
-    """
+    """A story whose last shot brings a character back after `since` chunks of the two others, cut into `between` shots,
+    as evenly as can be (None: two, or more so that none is longer than 16 chunks). The character's own two shots have
+    `shot_chunks` each; `opening` chunks of another one come before them, so that the sink does not hold it."""
     rng = np.random.default_rng([seed, index, RETURN_STREAM])
-    cast = [_allowed_cast(rng, index)[place] for place in rng.permutation(len(SHAPES))]
+    cast = [_draw_cast(rng, index)[place] for place in rng.permutation(len(SHAPES))]
     between = min(since, max(2, -(-since // 16))) if between is None else between
     cuts = [since * place // between for place in range(between + 1)]
     lengths = [shot_chunks, *(end - start for start, end in zip(cuts[:-1], cuts[1:], strict=True)), shot_chunks]
@@ -175,7 +158,7 @@ def read_story(schedule: Sequence[dict[str, float | str]], chunks: int) -> Story
         facts = {name: seen.get(name) if value is None else value for name, value in facts.items()}
         if None in facts.values():
             raise ValueError(f"`{entry['prompt']}` leaves out what no shot before it has said")
-        spec = SpriteSpec(**facts, diameter=math.nan, speed=0.0, start_x=0.0, start_y=0.0, angle=0.0, orbit=0.0)
+        spec = SpriteSpec(**facts, diameter=math.nan)
         if end > start:
             shots.append(_next_shot(shots, spec, end - start))
     return Story(tuple(shots))
@@ -191,29 +174,19 @@ def _next_shot(shots: list[Shot], spec: SpriteSpec, length: int) -> Shot:
     return Shot(spec, start, length, False)
 
 
-def _allowed_cast(rng: np.random.Generator, index: int) -> list[SpriteSpec]:
-    """Training stories show no held-out pair."""
-    cast = _draw_cast(rng)
-    while index < HELD_OUT_START and any(spec.pair_held_out for spec in cast):
-        cast = _draw_cast(rng)
-    return cast
-
-
-def _draw_cast(rng: np.random.Generator) -> list[SpriteSpec]:
-    """Three characters, no colour shared by two sprites or by two grounds."""
+def _draw_cast(rng: np.random.Generator, index: int) -> list[SpriteSpec]:
+    """Three characters, no colour shared by two sprites or by two grounds; training stories show no held-out pair."""
     names = tuple(COLOURS)
-    colours = [names[i] for i in rng.permutation(len(names))[: len(SHAPES)]]
-    grounds = [names[i] for i in rng.permutation(len(names))[: len(SHAPES)]]
-    while any(colour == ground for colour, ground in zip(colours, grounds, strict=True)):
-        grounds = [names[i] for i in rng.permutation(len(names))[: len(SHAPES)]]
-    return [
-        SpriteSpec(
-            colour=colour, shape=shape, motion=MOTIONS[0], background=ground,
-            pattern=PATTERNS[rng.integers(len(PATTERNS))], diameter=rng.uniform(*DIAMETER), speed=0.0, start_x=0.0,
-            start_y=0.0, angle=0.0, orbit=0.0,
-        )
-        for shape, colour, ground in zip(SHAPES, colours, grounds, strict=True)
-    ]  # fmt: skip
+    while True:
+        colours, grounds = ([names[i] for i in rng.permutation(len(names))[: len(SHAPES)]] for _ in range(2))
+        while any(colour == ground for colour, ground in zip(colours, grounds, strict=True)):
+            grounds = [names[i] for i in rng.permutation(len(names))[: len(SHAPES)]]
+        cast = [
+            SpriteSpec(colour, shape, MOTIONS[0], ground, PATTERNS[rng.integers(len(PATTERNS))], rng.uniform(*DIAMETER))
+            for shape, colour, ground in zip(SHAPES, colours, grounds, strict=True)
+        ]
+        if index >= HELD_OUT_START or not any(spec.pair_held_out for spec in cast):
+            return cast
 
 
 def _draw_shot(rng: np.random.Generator, character: SpriteSpec) -> SpriteSpec:

@@ -5,8 +5,6 @@ A clip is a pure function of (seed, index): `sample_spec` draws what it shows, `
 `HELD_OUT_PAIRS`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, replace
@@ -57,11 +55,11 @@ class SpriteSpec:
     background: str
     pattern: str
     diameter: float
-    speed: float
-    start_x: float
-    start_y: float
-    angle: float
-    orbit: float
+    speed: float = 0.0
+    start_x: float = 0.0
+    start_y: float = 0.0
+    angle: float = 0.0
+    orbit: float = 0.0
     say_colour: bool = True
     say_shape: bool = True
     say_background: bool = True
@@ -90,11 +88,9 @@ class CaptionFacts:
 
 
 def sample_spec(seed: int, index: int, pairs: str = "any") -> SpriteSpec:
-    """Draw clip `index` of the world `seed`.
-
-    Training indices (below `HELD_OUT_START`) never show a held-out pair and have an empty caption in a tenth of cases.
-    Held-out indices always have a caption; `pairs` picks which of them to draw: "any", "seen" (no held-out pair) or
-    "unseen" (held-out pairs only).
+    """Draw clip `index` of the world `seed`. Training indices (below `HELD_OUT_START`) never show a held-out pair and
+    have an empty caption in a tenth of cases. Held-out indices always have a caption; `pairs` picks which of them to
+    draw: "any", "seen" (no held-out pair) or "unseen" (held-out pairs only).
 
     Raises ValueError for a negative seed or index, an unknown `pairs`, or unseen pairs asked of a training index.
     """
