@@ -10,10 +10,12 @@ from toy import randn, randomize
 from model.weights import content_hash
 from pipeline.data.shards import ShardWriter
 from pipeline.train.stages import build_stage
+from pipeline.train.trainer import Trainer
 from utils.config import Config
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.world import caption, sample_spec
+from utils.tracking import Tracker
 
 CPU = torch.device("cpu")
 CHANNELS, SIZE, CHUNK, FRAMES = 4, (HEIGHT // 8, WIDTH // 8), 2, 8  # latent channels, size, frames
@@ -83,6 +85,18 @@ def settings(root: Path, stage: str, overrides: list[str] = ()) -> Config:
 
 def make_stage(root: Path, name: str, *overrides: str):
     return build_stage(settings(root, name, overrides), CPU, World())
+
+
+def run_stage(stage, logdir: Path, save: bool = True, config: Config | None = None) -> Trainer:
+    """Run a stage to the end, without sample videos."""
+    logdir.mkdir(exist_ok=True)
+    tracker = Tracker(logdir, None, "test", {}, is_main=True)
+    try:
+        trainer = Trainer(config or stage.config, stage, World(), logdir, tracker, CPU, save, visualize=False)
+        trainer.run()
+    finally:
+        tracker.close()
+    return trainer
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

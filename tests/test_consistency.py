@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from distill import CHANNELS, CPU, FRAMES, SIZE, gradients, make_stage, settings
+from distill import CHANNELS, FRAMES, SIZE, gradients, make_stage, run_stage
 from toy import randomize
 
-from pipeline.train.trainer import Trainer
 from utils.config import ConfigError
-from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
-from utils.tracking import Tracker
 
 SEED, SHIFT, GRID, GUIDANCE = 5, 3.0, 6, 3.0
 INDICES = [1, 7]
@@ -95,13 +92,8 @@ def test_all_points_are_drawn_and_one_is_shared_by_all_chunks(stage):
 
 
 def run(root, logdir, *overrides):
-    config, stage = settings(root, "consistency", overrides), make_stage(root, "consistency", *overrides)
-    logdir.mkdir(exist_ok=True)
-    tracker = Tracker(logdir, None, "test", {}, is_main=True)
-    trainer = Trainer(config, stage, World(), logdir, tracker, CPU, visualize=False)
-    trainer.run()
-    tracker.close()
-    return stage, trainer
+    stage = make_stage(root, "consistency", *overrides)
+    return stage, run_stage(stage, logdir)
 
 
 def test_target_is_the_students_ema_from_the_first_step(root, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, settings
+from distill import CHANNELS, CPU, FRAMES, SCORE, SIZE, gradients, make_stage, run_stage, settings
 from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, sigma_of, snapped
 from safetensors.torch import load_file, save_file
 from toy import randn
@@ -182,13 +182,8 @@ def test_a_samples_loss_does_not_depend_on_its_company(stage):
 
 def trained(root, logdir, *overrides):
     """State of every role and what was logged after a run."""
-    config = settings(root, "dmd", overrides)
     stage = make_stage(root, "dmd", *overrides)
-    logdir.mkdir(exist_ok=True)
-    tracker = Tracker(logdir, None, "test", {}, is_main=True)
-    trainer = Trainer(config, stage, World(), logdir, tracker, CPU, visualize=False)
-    trainer.run()
-    tracker.close()
+    trainer = run_stage(stage, logdir)
     return {role: dict(module.state_dict()) for role, module in stage.modules.items()}, trainer
 
 
@@ -261,7 +256,7 @@ def test_exported_bundle_generates(root, tmp_path):
         (["dmd.max_rollout_frames=6"], "`dmd.max_rollout_frames` is 6: must be null, or at least"),
         (["data.kind=prompts", "data.path=null"], "`data.path` is not set: name a file with one prompt per line"),
         (["dmd.min_timestep=990"], "`dmd.min_timestep` is 990"),
-        (["cache.unit=frames", "cache.sink=3"], "`cache.sink` is 3 frames"),
+        (["cache.unit=frames", "cache.sink=3"], "`cache.sink` is 3: as frames it must be a multiple"),
     ],
 )
 def test_mistakes_are_named(root, overrides, message):
@@ -286,14 +281,12 @@ def test_a_score_that_lacks_weights_is_refused(root, tmp_path):
 
 def test_a_teacher_of_nans_stops_the_run_and_moves_nothing(root, tmp_path):
     """The gradient that it gives becomes 0, so neither loss nor norm shows it."""
-    config = settings(root, "dmd", ["train.max_steps=20", "dmd.critic_updates=2", "train.checkpoint_every=50"])
-    stage = make_stage(root, "dmd", "dmd.critic_updates=2")
+    stage = make_stage(root, "dmd", "train.max_steps=20", "dmd.critic_updates=2")
     with torch.no_grad():
         stage.teacher.proj_out.weight.fill_(float("nan"))
     before = {name: p.detach().clone() for name, p in stage.modules["generator"].named_parameters()}
-    tracker = Tracker(tmp_path, None, "test", {}, is_main=True)
     with pytest.raises(TrainingDivergedError, match="generator/.* 3 updates of the generator in a row"):
-        Trainer(config, stage, World(), tmp_path, tracker, CPU, save=False, visualize=False).run()
+        run_stage(stage, tmp_path, save=False)
     assert all(torch.equal(p, before[name]) for name, p in stage.modules["generator"].named_parameters())
 
 

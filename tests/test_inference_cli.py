@@ -166,14 +166,20 @@ class TestRunningAgain:
         fails(capsys, arguments(tmp_path), f"{FIRST}.json is not the description of a video")
 
 
-def test_a_killed_run_leaves_a_playable_partial_video(arguments, tmp_path):
-    command = [sys.executable, "inference_packforcing.py", *map(str, arguments(tmp_path, "--seconds", "600"))]
+def start_of_a_long_run(arguments, folder):
+    """A process that makes a video of ten minutes, and what it has made so far, about a second of it."""
+    command = [sys.executable, "inference_packforcing.py", *map(str, arguments(folder, "--seconds", "600"))]
     run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    partial = tmp_path / f"{FIRST}.{run.pid}.partial.mp4"
+    partial = folder / f"{FIRST}.{run.pid}.partial.mp4"
     deadline = time.monotonic() + 120
     while not (partial.is_file() and partial.stat().st_size > 20_000):
         assert run.poll() is None and time.monotonic() < deadline, run.stderr.read().decode()
         time.sleep(0.05)
+    return run, partial
+
+
+def test_a_killed_run_leaves_a_playable_partial_video(arguments, tmp_path):
+    run, partial = start_of_a_long_run(arguments, tmp_path)
     run.kill()
     assert run.wait() == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {partial.name, ".lock"}
@@ -302,7 +308,7 @@ def test_names_do_not_collide():
 
 
 FILES = {
-    "p.csv": "prompt,seed,seconds,note\n\"one, two\",3,1.5,x\nthree,,,\n",
+    "p.csv": 'prompt,seed,seconds,note\n"one, two",3,1.5,x\nthree,,,\n',
     "p.json": json.dumps([{"prompt": "one, two", "seed": 3, "seconds": 1.5, "note": "x"}, "three"]),
     "p.jsonl": '{"prompt": "one, two", "seed": 3, "seconds": 1.5}\n\n{"prompt": "three"}\n',
 }
@@ -432,22 +438,7 @@ def test_ranks_share_the_prompts_and_make_the_same_videos(arguments, finished, t
 
 
 def test_terminated_it_ends_cleanly(arguments, tmp_path):
-    command = [sys.executable, "inference_packforcing.py", *map(str, arguments(tmp_path, "--seconds", "600"))]
-    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*.partial.mp4")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    run, _ = start_of_a_long_run(arguments, tmp_path)
     run.terminate()
     assert run.wait(timeout=60) == 143 and b"run the same command again to go on" in run.stderr.read()
     assert not (tmp_path / ".lock").exists()
-
-
-def test_a_config_typo_is_answered_before_heavy_imports(arguments, tmp_path):
-    script = f"""
-import sys
-from inference_packforcing import main
-assert main({list(map(str, arguments(tmp_path, "cache.topk=1")))!r}) == 2
-assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)

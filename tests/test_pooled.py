@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings
+from distill import CHANNELS, CHUNK, SIZE, gradients, make_stage, run_stage, settings
 from test_through_cache import INDICES, WORDS, Story
 from toy import randn
 
@@ -13,11 +13,8 @@ from model.causal_wan import CausalWanModel
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.load import load_transformer
-from pipeline.train.trainer import Trainer
 from utils.config import ConfigError
-from utils.distributed import World
 from utils.load_config import load_config
-from utils.tracking import Tracker
 
 
 def averages(model: CausalWanModel, latents: torch.Tensor) -> torch.Tensor:
@@ -53,8 +50,7 @@ def test_a_compressor_learns_the_averages(root, tmp_path):
     before = {name: p.clone() for name, p in stage.transformer.named_parameters()}
     batch = stage.batch(0, [0, 1])
     first, _ = stage.loss("generator", batch, 0)
-    tracker = Tracker(tmp_path, None, "test", {}, is_main=True)
-    Trainer(stage.config, stage, World(), tmp_path, tracker, CPU, save=False, visualize=False).run()
+    run_stage(stage, tmp_path, save=False)
     last, _ = stage.loss("generator", batch, 0)
     assert last.item() < 0.5 * first.item()
     for name, p in stage.transformer.named_parameters():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distill import run_stage
 from safetensors.torch import load_file
 from tiny import vae
 from torch import nn
@@ -25,7 +26,6 @@ from train import main
 from utils.config import Config, ConfigError, OptimizerConfig, OptimizerKind, PhaseConfig
 from utils.distributed import World
 from utils.rng import keyed_randn
-from utils.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -92,14 +92,8 @@ def line_config(**train) -> Config:
 
 
 def run_line(folder: Path, broken=(), save=False, stage=None, **train) -> tuple[Trainer, dict[str, torch.Tensor]]:
-    config, stage = line_config(**train), stage or LineStage(broken)
-    folder.mkdir(exist_ok=True)
-    tracker = Tracker(folder, None, "test", {}, is_main=True)
-    trainer = Trainer(config, stage, World(), folder, tracker, CPU, save=save, visualize=False)
-    try:
-        trainer.run()
-    finally:
-        tracker.close()
+    stage = stage or LineStage(broken)
+    trainer = run_stage(stage, folder, save, line_config(**train))
     return trainer, {key: value.clone() for key, value in stage.modules["generator"].state_dict().items()}
 
 
