@@ -14,22 +14,14 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from pipeline.sources import require_training_files
 from utils.cli import config_parser, run_configured
 from utils.config import Config, ConfigError
-from utils.load_config import to_yaml
+from utils.files import writable_folder
+from utils.load_config import plain, to_yaml
 from utils.tracking import Tracker, check_tracker
 
 log = logging.getLogger(__name__)
-
-
-def make_logdir(logdir: Path) -> None:
-    try:
-        logdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"setting `train.logdir` is {logdir}: cannot be written ({error.strerror})") from error
 
 
 def train(config: Config, arguments: argparse.Namespace) -> None:
@@ -55,7 +47,7 @@ def train(config: Config, arguments: argparse.Namespace) -> None:
         check_run(config, world, logdir, save)
         if not arguments.no_estimate:
             check_memory(config, "train", world, device)
-        make_logdir(logdir)
+        writable_folder(logdir, "train.logdir")
         with locked(logdir, "train.logdir") if world.is_main else nullcontext():
             barrier(world)  # the others go on only once the folder is the first rank's
             if world.is_main:
@@ -65,8 +57,7 @@ def train(config: Config, arguments: argparse.Namespace) -> None:
             torch.manual_seed(config.seed)
             if world.is_main:
                 log.info("%s: loading models and data", config.train.stage)
-            settings = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-            tracker = Tracker(logdir, config.train.tracker, config.train.project, settings, world.is_main)
+            tracker = Tracker(logdir, config.train.tracker, config.train.project, plain(config), world.is_main)
             try:
                 stage = build_stage(config, device, world)
                 trainer = Trainer(config, stage, world, logdir, tracker, device, save, not arguments.no_visualize)

@@ -9,7 +9,6 @@ transformer's weights. What can be checked without loading a model is checked fi
 """
 
 import inspect
-import json
 import logging
 import math
 from dataclasses import astuple, fields
@@ -18,7 +17,6 @@ from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from omegaconf import OmegaConf
 from transformers import UMT5EncoderModel
 
 from model.causal_wan import CausalWanModel
@@ -27,19 +25,10 @@ from model.weights import check_weights
 from pipeline.sources import INDEX, bundle_folder, bundle_part, part_folder, require_files, transformer_source
 from pipeline.vae_shape import VAEShape
 from utils.config import Config, ConfigError, ModelConfig
-from utils.load_config import section
+from utils.files import read_json, write_json
+from utils.load_config import plain, section
 
 log = logging.getLogger(__name__)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping, found {type(content).__name__}")
-    return content
 
 
 def read_shape(path: Path) -> dict:
@@ -53,28 +42,13 @@ def read_shape(path: Path) -> dict:
 
 
 def transformer_settings(config: Config) -> dict:
-    """Constructor arguments of the causal DiT.
-
-    The shape is that of the bundle's transformer where it has one, else that of the `model` section; chunk and
-    compressor are always the config's.
-    """
-    model = config.model
+    """Constructor arguments of the causal DiT: shape of the bundle's transformer where it has one, else of the `model`
+    section; chunk and compressor are always the config's."""
+    model, known = config.model, inspect.signature(CausalWanModel.__init__).parameters
     shape_file = None if model.bundle is None else Path(model.bundle) / "transformer" / "config.json"
-    settings = {
-        "num_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "attention_head_dim": model.attention_head_dim,
-        "ffn_dim": model.ffn_dim,
-        "in_channels": model.in_channels,
-        "out_channels": model.in_channels,
-        "text_dim": model.text_dim,
-        "text_len": model.text_len,
-        "freq_dim": model.freq_dim,
-        "cross_attn_norm": model.cross_attn_norm,
-        "eps": model.eps,
-    }
+    settings = {name: value for name, value in vars(model).items() if name in known}
+    settings["out_channels"] = model.in_channels
     if shape_file is not None and shape_file.is_file() and not model.random_init:
-        known = inspect.signature(CausalWanModel.__init__).parameters
         stored = {key: value for key, value in read_shape(shape_file).items() if key in known}
         settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
     return settings | {
@@ -85,10 +59,8 @@ def transformer_settings(config: Config) -> dict:
 
 
 def check_bundle(config: Config) -> None:
-    """Everything about the model's files that can be known without loading them.
-
-    Raises `ConfigError`, in one line: what is missing and where to get it, or which sizes do not go together.
-    """
+    """Raise `ConfigError` for what is wrong with the model's files and can be known without loading them: what is
+    missing and where to get it, or which sizes do not go together."""
     require_files(config)
     for name in ("vae", "text_encoder"):
         check_weights(bundle_part(config, name))
@@ -133,26 +105,26 @@ def vae_shape_of(folder: Path) -> VAEShape:
 
 def _check_sizes(config: Config) -> None:
     shape, vae = transformer_settings(config), vae_shape(config)
-    if vae.channels != shape["in_channels"]:
-        raise ConfigError(f"the VAE has {vae.channels} latent channels, the transformer {shape['in_channels']}; "
-                          "model.bundle and model.checkpoint do not belong together")  # fmt: skip
     text_dim = read_json(bundle_part(config, "text_encoder") / "config.json").get("d_model")
+    apart = "model.bundle and model.checkpoint do not belong together"
+    if vae.channels != shape["in_channels"]:
+        found = f"the VAE has {vae.channels} latent channels, the transformer {shape['in_channels']}"
+        raise ConfigError(f"{found}; {apart}")
     if text_dim != shape["text_dim"]:
-        raise ConfigError(f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}; "
-                          "model.bundle and model.checkpoint do not belong together")  # fmt: skip
+        found = f"the text encoder is {text_dim} wide, the transformer expects {shape['text_dim']}"
+        raise ConfigError(f"{found}; {apart}")
     vae.size(config.video)
 
 
 def pipeline_settings(config: Config) -> dict[str, Any]:
     """What a `PackForcingPipeline` takes of a config: plain values of the sections `cache`, `sampler` and `video`."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return {name: values[name] for name in ("cache", "sampler", "video")}
+    return {name: value for name, value in plain(config).items() if name in ("cache", "sampler", "video")}
 
 
 def write_model_index(folder: Path, config: Config, base: str | None = None) -> None:
     """`model_index.json` for `PackForcingPipeline.from_pretrained`; parts that the folder lacks are at `base`."""
     index = {} if base is None else {"_base": base}
-    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    write_json(folder / INDEX, index)
     tokenizer = read_json(part_folder(folder, "tokenizer") / "tokenizer_config.json").get("tokenizer_class")
     index |= {
         "_class_name": "PackForcingPipeline",
@@ -164,4 +136,4 @@ def write_model_index(folder: Path, config: Config, base: str | None = None) -> 
         "transformer": [CausalWanModel.__module__, CausalWanModel.__name__],
     }
     index |= pipeline_settings(config)
-    (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)

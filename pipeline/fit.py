@@ -26,9 +26,7 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 def check_memory(config: Config, part: str, world: World, device: torch.device) -> None:
     """Log what a rank will need of its GPU for `part` of the estimate. Raises `ConfigError` where that is not there.
-
-    Does nothing on a CPU or for a model that fits anywhere; an estimate that fails is a warning only.
-    """
+    Does nothing on a CPU or for a model that fits anywhere; an estimate that fails is a warning only."""
     settings = transformer_settings(config) | {"patch_size": WAN_PATCH_SIZE}
     weights = forward_flops(settings, 1, 0, 0)["matmul"] / 2  # a token meets each once
     if device.type != "cuda" or weights < SMALL:

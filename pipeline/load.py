@@ -16,23 +16,27 @@ from model.causal_wan import CausalWanModel
 from model.fresh_compressor import COMPRESSOR_PREFIX
 from model.schedule import WAN_SHIFT
 from model.weights import CheckpointError, cast_weights, check_weights, load_weights, read_files, read_weights
-from pipeline.bundle import read_json, transformer_settings
+from pipeline.bundle import transformer_settings
 from pipeline.data.vae_clip import channels_last
 from pipeline.sources import bundle_folder, bundle_part, part_folder, transformer_source
-from utils.config import Config, ConfigError
+from utils.choices import CacheKind
+from utils.config import CacheConfig, CompressorConfig, Config, ConfigError, ModelConfig, VideoConfig
+from utils.files import read_json
+from utils.load_config import first_line, section
 
 log = logging.getLogger(__name__)
+
+# A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
+UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig("identity"))
 
 # What the libraries raise for files that hold anything.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 
 def load_transformer(config: Config) -> CausalWanModel:
-    """The causal DiT with the weights of `transformer_source`, memory-mapped on the CPU, in their stored dtype.
-
-    With `model.random_init`: fresh weights, the same for the same `seed`. A checkpoint without compressor gets a fresh
-    one, which is logged. Raises `CheckpointError` for weights that do not fit.
-    """
+    """The causal DiT with the weights of `transformer_source`, memory-mapped on the CPU, in their stored dtype. With
+    `model.random_init`: fresh weights, the same for the same `seed`. A checkpoint without compressor gets a fresh one,
+    which is logged. Raises `CheckpointError` for weights that do not fit."""
     settings = transformer_settings(config)
     if config.model.random_init:
         return random_model(CausalWanModel, settings, config.seed).eval()
@@ -48,6 +52,25 @@ def load_transformer(config: Config) -> CausalWanModel:
     fresh = {} if stored else model.fresh_compressor(source, config.seed)
     load_weights(model, weights, source, fresh)
     return model.eval()
+
+
+def read_parts(
+    folder: Path, index: Mapping[str, Any], checkpoint: str | Path | None, use_ema: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Components of a pipeline's folder that diffusers would read as something else, but for those that are given in
+    `options`: a chunk-causal transformer, and a scheduler that has our class."""
+    found, dtype = {}, options.get("torch_dtype")
+    plain = index["transformer"][1] != CausalWanModel.__name__
+    if options.get("transformer") is None and (plain or checkpoint is not None):
+        settings = {name: options.get(name) or index.get(name) for name in ("cache", "video")}
+        cache = UNTRAINED_CACHE if settings["cache"] is None else section(CacheConfig, "cache", settings["cache"])
+        video = section(VideoConfig, "video", settings["video"] or {})
+        source = ModelConfig(bundle=str(folder), checkpoint=checkpoint and str(checkpoint), use_ema=use_ema)
+        transformer = load_transformer(Config(model=source, cache=cache, video=video))
+        found["transformer"] = place(transformer, torch.device("cpu"), dtype) if dtype else transformer
+    if options.get("scheduler") is None and index["scheduler"][1] != FlowMatchEulerDiscreteScheduler.__name__:
+        found["scheduler"] = read_scheduler(folder)
+    return found
 
 
 def random_model(kind: type[WanTransformer3DModel], settings: dict, seed: int) -> WanTransformer3DModel:
@@ -104,7 +127,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises nothing more special
-        raise CheckpointError(f"{folder}: no tokenizer ({_first_line(error)})") from error
+        raise CheckpointError(f"{folder}: no tokenizer ({first_line(error)})") from error
 
 
 def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path, dtype: torch.dtype):
@@ -113,7 +136,7 @@ def load_library_model(kind: type[ModelMixin] | type[PreTrainedModel], folder: P
     try:
         model, report = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
+        raise CheckpointError(f"{folder}: not a {kind.__name__} ({first_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[problem])):
             raise CheckpointError(f"{folder} does not fit {kind.__name__}: {len(names)} {problem}, first {names[0]}")
@@ -132,14 +155,10 @@ def load_mapped(kind: type[ModelMixin] | type[PreTrainedModel], folder: Path):
             else:
                 model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
     except _UNREADABLE as error:
-        raise CheckpointError(f"{folder}: not a {kind.__name__} ({_first_line(error)})") from error
+        raise CheckpointError(f"{folder}: not a {kind.__name__} ({first_line(error)})") from error
     tied = getattr(model, "_tied_weights_keys", None) or {}
     tied = {name: weights[source] for name, source in tied.items() if name not in weights and source in weights}
     load_weights(model, weights, folder, tied)
     if isinstance(model, PreTrainedModel):
         model.tie_weights()
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

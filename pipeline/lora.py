@@ -21,9 +21,7 @@ _KNOWN_TO_DIFFUSERS = ("transformer.", "diffusion_model.", "lora_unet_")
 
 def read_lora(source: str | Path | dict[str, torch.Tensor]) -> Any:
     """What `load_lora_weights` of diffusers takes; what it knows itself, hub ids among it, is passed on as it is.
-
-    Raises `CheckpointError` for a file without LoRA weights, or with names that no Wan model has.
-    """
+    Raises `CheckpointError` for a file without LoRA weights, or with names that no Wan model has."""
     weights, scale = source, 1.0
     if not isinstance(source, dict):
         path = Path(source)

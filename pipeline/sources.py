@@ -1,10 +1,10 @@
 """Which files a model comes from, and where to get those that are missing. Needs no heavy import."""
 
-import json
 from pathlib import Path
 
 from utils.choices import DataKind
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
+from utils.files import read_json
 
 INDEX = "model_index.json"  # diffusers' name
 REAL_MODELS = ("Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-14B-Diffusers")  # of Wan-AI
@@ -21,8 +21,7 @@ _CONFIG_OF = {"vae": "config.json", "text_encoder": "config.json", "tokenizer": 
 
 def bundle_folder(config: Config) -> Path:
     """Where `model.bundle` points. Raises `ConfigError` where it is unset or not there."""
-    if config.model.bundle is None:
-        raise ConfigError("setting `model.bundle` is not set: name a folder with vae, text_encoder and tokenizer")
+    require(config, "model.bundle", config.model.bundle, "name a folder with vae, text_encoder and tokenizer")
     folder = Path(config.model.bundle)
     if not folder.is_dir():
         raise ConfigError(f"bundle {folder} does not exist; {_where_to_get(folder)}")
@@ -34,11 +33,7 @@ def part_folder(folder: Path, part: str) -> Path:
     index = folder / INDEX
     if (folder / part).is_dir() or not index.is_file():
         return folder / part
-    try:
-        base = json.loads(index.read_text(encoding="utf-8")).get("_base")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{index}: not readable as JSON ({error})") from error
-    return folder / (base or "") / part
+    return folder / (read_json(index).get("_base") or "") / part
 
 
 def bundle_part(config: Config, part: str) -> Path:
@@ -58,8 +53,7 @@ def need_folder(path: str | None, key: str, part: str) -> Path:
 def vae_folder(config: Config) -> Path:
     """`data.vae`. Raises `ConfigError` as `need_folder`, and where no VAE is there."""
     folder = need_folder(config.data.vae, "data.vae", "an AutoencoderKLWan")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"setting `data.vae` is {folder}: no AutoencoderKLWan there")
+    require(config, "data.vae", (folder / "config.json").is_file(), "no AutoencoderKLWan there")
     return folder
 
 

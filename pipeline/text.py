@@ -26,13 +26,9 @@ def encode_text(
     text_len: int,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Prompt embeddings as Wan wants them: the encoder sees no padding, and past a prompt's end they are zero.
-
-    Runs with gradient where it is enabled. Prompts of more than `text_len` tokens are cut.
-
-    Returns:
-        [len(prompts), text_len, text_dim], on the encoder's device and in its dtype.
-    """
+    """Prompt embeddings as Wan wants them, [len(prompts), text_len, text_dim], on the encoder's device and in its
+    dtype: the encoder sees no padding, and past a prompt's end they are zero. Longer prompts are cut. Runs with
+    gradient where it is enabled."""
     tokens = tokenizer(
         list(prompts),
         padding="max_length",
@@ -53,10 +49,8 @@ def encode_prompt(
     text_len: int,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """[1, n, text_dim], n <= text_len: without the zero padding, which the model puts back.
-
-    One prompt at a time: in a batch the numbers, and so the video, would depend on the other prompts.
-    """
+    """[1, n, text_dim], n <= text_len: without the zero padding, which the model puts back. One prompt at a time: in a
+    batch the numbers, and so the video, would depend on the other prompts."""
     warn_of_unknown_words(tokenizer, prompt)
     tokens = len(tokenizer(prompt).input_ids)
     if tokens > text_len:

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,18 @@ from pipeline.bundle import check_bundle
 from pipeline.data.prompt_files import read_prompt_items
 from pipeline.data.schedule import Prompt, texts
 from pipeline.generate.inference import load_pipeline, resolve_runtime
-from pipeline.generate.jobs import check_output_folder, resolved, slug
+from pipeline.generate.jobs import slug
 from pipeline.generate.pipeline import PackForcingPipeline
 from scripts.ablate_page import grouped, write_page
 from scripts.held_out import held_out_stories
 from scripts.judge import judge
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
-from utils.files import write_json
-from utils.load_config import load_config
+from utils.files import writable_folder, write_json
+from utils.load_config import load_config, plain
 from utils.sprites.read import READERS, accuracy
 from utils.sprites.recall import LEFT_OUT, RecallMark, recall
-from utils.sprites.story import FRAMES_PER_CHUNK, STRIDE, num_chunks
+from utils.sprites.story import FRAMES_PER_CHUNK, STRIDE, num_chunks, sample_story
 from utils.sprites.world import FPS, held_out_captions
 from utils.video import write_video
 
@@ -86,7 +87,7 @@ class Task:
     @property
     def made_by(self) -> dict[str, Any]:
         """Everything that the video is a function of."""
-        config = {name: resolved(self.config)[name] for name in ("model", "cache", "sampler", "video")}
+        config = {name: plain(self.config)[name] for name in ("model", "cache", "sampler", "video")}
         return {"config": config, "seed": self.seed, "seconds": self.seconds, "prompt": self.prompt}
 
     def record(self) -> dict[str, Any] | None:
@@ -120,7 +121,7 @@ def plan(arguments: argparse.Namespace) -> list[Task]:
     prompts = held_out(arguments, configs[0])
     if arguments.data_path:
         prompts = [item.prompt for item in read_prompt_items(arguments.data_path)]
-    folder, first = check_output_folder(arguments.output_folder), configs[0].seed
+    folder, first = writable_folder(arguments.output_folder, "--output_folder"), configs[0].seed
     return [
         Task(cell, config, seed, index, prompt, arguments.seconds, folder)
         for cell, config in zip(cells, configs, strict=True)
@@ -134,15 +135,15 @@ def held_out(arguments: argparse.Namespace, config: Config) -> list[Prompt]:
     if not arguments.stories:
         return held_out_captions(config.seed, arguments.captions)
     chunks = num_chunks(math.ceil(arguments.seconds * FPS) + FRAMES_PER_CHUNK * STRIDE - 1)
-    stories = held_out_stories(config, arguments.stories, chunks, arguments.shot_chunks)
-    return [story.schedule for story in stories]
+    draw = partial(sample_story, chunks=chunks, shot_chunks=arguments.shot_chunks)
+    return [story.schedule for story in held_out_stories(config, arguments.stories, draw)]
 
 
 def pipelines(tasks: list[Task]) -> Iterator[tuple[Task, PackForcingPipeline]]:
     """Each task with its models; these are loaded anew only where a setting changes that they depend on."""
     loaded, pipe = None, None
     for task in tasks:
-        settings = resolved(task.config)
+        settings = plain(task.config)
         settings["cache"] = settings["cache"]["compressor"]  # all else of the cache can change from call to call
         if settings != loaded:
             loaded, pipe = settings, load_pipeline(task.config, resolve_runtime(task.config))

@@ -23,14 +23,13 @@ seconds 1 to 4 of the same video". "moving": a sprite is there and does not stan
 the last line is one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from utils.cli import answer_typos, check_positive, run_command
@@ -39,13 +38,13 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
 
 from pipeline.data.schedule import Prompt, read_prompt
-from scripts.held_out import VideoSource, check_story_chunks, held_out_stories
+from scripts.held_out import VideoSource, held_out_stories
 from scripts.judge import Verdict, judge, print_comparison, print_recall, print_table, summarise
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.sprites.recall import CHANCE, RECALLED, recall, recall_table, score_story
-from utils.sprites.story import Story, sample_return
-from utils.sprites.world import FPS, HELD_OUT_START, held_out_captions
+from utils.sprites.story import Story, sample_return, sample_story
+from utils.sprites.world import FPS, held_out_captions
 from utils.video import PARTIAL_SUFFIX, frame_rate, read_video
 
 log = logging.getLogger(__name__)
@@ -134,14 +133,11 @@ def draw_stories(arguments: argparse.Namespace, config: Config) -> list[list[Sto
     if least > most or (between or 1) > min(arguments.since or [1]):
         raise ConfigError(f"--shot_chunks {least} {most}, --between {between}: expected the least length first, and no "
                           "more shots between than chunks")  # fmt: skip
-    if not arguments.since:
-        return [held_out_stories(config, arguments.stories, arguments.chunks, (least, most))]
-    check_story_chunks(config)
-    indices = range(HELD_OUT_START, HELD_OUT_START + arguments.stories)
-    return [
-        [sample_return(config.seed, index, since, between, least, arguments.opening) for index in indices]
-        for since in arguments.since
-    ]
+    draws = [partial(sample_story, chunks=arguments.chunks, shot_chunks=(least, most))]
+    if arguments.since:
+        options = {"between": between, "shot_chunks": least, "opening": arguments.opening}
+        draws = [partial(sample_return, since=since, **options) for since in arguments.since]
+    return [held_out_stories(config, arguments.stories, draw) for draw in draws]
 
 
 def evaluate_stories(arguments: argparse.Namespace) -> None:

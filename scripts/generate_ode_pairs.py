@@ -12,13 +12,12 @@ import argparse
 import sys
 
 from utils.cli import config_parser, run_configured
-from utils.config import Config, ConfigError
+from utils.config import Config, require
 
 
 def run(config: Config, arguments: argparse.Namespace) -> None:
     """Write the shards that are missing. Raises `ConfigError`."""
-    if config.ode.path is None:
-        raise ConfigError("setting `ode.path` is not set: name the folder to write trajectories to")
+    require(config, "ode.path", config.ode.path, "name the folder to write trajectories to")
     import torch  # heavy, like what follows: after what can be checked without them
 
     from model.weights import content_hash

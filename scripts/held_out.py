@@ -1,9 +1,7 @@
 """Held-out videos of the sprite world: their prompts, and videos of them by the models of a config, many at a time, or
 clips by a bidirectional teacher."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +20,24 @@ from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_library_model
 from utils.config import Config, ConfigError
 from utils.files import write_json
-from utils.sprites.story import FRAMES_PER_CHUNK, Story, sample_story
+from utils.sprites.story import FRAMES_PER_CHUNK, Story
 from utils.sprites.world import FPS, HELD_OUT_START
 from utils.video import to_uint8, write_video
 
 
-def held_out_stories(config: Config, count: int, chunks: int, shot_chunks: Sequence[int]) -> list[Story]:
-    """Raises `ConfigError` where the config's chunks are not those that stories are cut at."""
-    check_story_chunks(config)
-    indices = range(HELD_OUT_START, HELD_OUT_START + count)
-    return [sample_story(config.seed, index, chunks, shot_chunks) for index in indices]
-
-
-def check_story_chunks(config: Config) -> None:
+def held_out_stories(config: Config, count: int, draw: Callable[[int, int], Story]) -> list[Story]:
+    """The first held-out ones that `draw` makes of (seed, index). Raises `ConfigError` where the config's chunks are
+    not those that stories are cut at."""
     size, fps = config.video.frames_per_chunk, config.video.fps
     if (size, fps) != (FRAMES_PER_CHUNK, FPS):
         raise ConfigError(f"--stories are cut at chunks of {FRAMES_PER_CHUNK} latent frames at {FPS} fps: "
                           f"video.frames_per_chunk is {size}, video.fps {fps}")  # fmt: skip
+    return [draw(config.seed, HELD_OUT_START + index) for index in range(count)]
 
 
 class VideoSource:
-    """The models of a config, or a bidirectional teacher with their text encoder and VAE.
-
-    Args:
-        batch: videos made together.
-        keep: folder that they are written to, with what they show; None: they are not.
-
-    Raises `ConfigError`.
-    """
+    """The models of a config, or a bidirectional teacher with their text encoder and VAE. `batch` videos are made
+    together, and written, with what they show, to the folder `keep` if there is one. Raises `ConfigError`."""
 
     def __init__(self, config: Config, batch: int, keep: Path | None = None, teacher: Path | None = None):
         check_bundle(config)

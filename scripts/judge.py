@@ -1,7 +1,5 @@
 """What is found out about a video, by any metric and by what its prompt says, and tables of it."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -24,20 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is found out about one video.
+    """What is found out about one video."""
 
-    Attributes:
-        marks: of its caption; none where it has none that can be read.
-        outline: mean IoU of a captioned sprite with a true outline; None where none was read.
-        recall: of its returning shots, where its prompt is a story.
-        curves: metric -> its value in every second.
-        metrics: metric -> its value.
-    """
-
-    marks: list[Mark]
-    outline: float | None
-    recall: list[RecallMark]
-    curves: dict[str, list[float]]
+    marks: list[Mark]  # of its caption; none where it has none that can be read
+    outline: float | None  # mean IoU of a captioned sprite with a true outline; None where none was read
+    recall: list[RecallMark]  # of its returning shots, where its prompt is a story
+    curves: dict[str, list[float]]  # metric -> its value in every second
     metrics: dict[str, float]
 
 

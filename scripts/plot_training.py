@@ -7,8 +7,6 @@ A row per run: losses; gradient norms; what tells a bad run early, where the sta
 videos, where their prompts are sprite-world captions. Faint: as logged; strong: a running median.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

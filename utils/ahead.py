@@ -12,11 +12,9 @@ _END = object()
 
 
 def ahead(items: Generator[T]) -> Iterator[T]:
-    """Yield `items`; while one is used, the next is made. Never more than one waits.
-
-    An error in `items` is raised here as it is. Closing this generator waits for the item in the making and closes
-    `items`. What PyTorch keeps by thread (autocast, gradient mode) is that of a new thread, but for the CUDA device.
-    """
+    """Yield `items`; while one is used, the next is made. Never more than one waits. An error in `items` is raised here
+    as it is. Closing this generator waits for the item in the making and closes `items`. What PyTorch keeps by thread
+    (autocast, gradient mode) is that of a new thread, but for the CUDA device."""
     device = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with ThreadPoolExecutor(1, "ahead", torch.cuda.set_device if device else None, device) as thread:
         try:

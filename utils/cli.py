@@ -76,10 +76,8 @@ def stop_if_asked() -> None:
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a program's body and return its exit status (None counts as 0); errors are printed to stderr in one line.
-
     Only errors that the user can mend are caught: `ConfigError`, `OSError` (also inside safetensors), YAML errors, too
-    little memory, and any error with an `exit_status`. Everything else is a bug and keeps its traceback.
-    """
+    little memory, and any error with an `exit_status`. Everything else is a bug and keeps its traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _asked.clear()
     with suppress(ValueError):  # signals can be handled in the main thread only

@@ -3,6 +3,7 @@ YAML files and the command line change them is in `utils/load_config.py`.
 """
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from utils.choices import (
     AtSwitch,
@@ -287,3 +288,11 @@ class Config:
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
     dmd: DMDConfig = field(default_factory=DMDConfig)
+
+
+def require(config: Config, key: str, condition: object, expected: str) -> None:
+    """Raise `ConfigError` with a setting's key, its value and what was `expected`, which says the way out, unless
+    `condition` holds."""
+    if not condition:
+        value = attrgetter(key)(config)
+        raise ConfigError(f"setting `{key}` is {'not set' if value is None else value}: {expected}")

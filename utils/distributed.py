@@ -29,12 +29,9 @@ class World:
 
 
 def join_world(device: torch.device, timeout: timedelta | None = None) -> World:
-    """Join the process group that torchrun describes; on CUDA every rank takes the GPU of its local rank.
-
-    `timeout`: how long a rank may wait for another; None: torch's default.
-
-    Raises `ConfigError` where torchrun's variables are incomplete, or ranks outnumber this machine's GPUs.
-    """
+    """Join the process group that torchrun describes; on CUDA every rank takes the GPU of its local rank. `timeout`:
+    how long a rank may wait for another; None: torch's default. Raises `ConfigError` where torchrun's variables are
+    incomplete, or ranks outnumber this machine's GPUs."""
     if "WORLD_SIZE" not in os.environ:
         return World()
     try:
@@ -60,10 +57,8 @@ def leave_world(world: World) -> None:
 
 @contextmanager
 def rank() -> Iterator[tuple[torch.device, World]]:
-    """This process as one of a program's ranks: its device, a GPU where there is one, and its place.
-
-    Raises `ConfigError` as `join_world` does.
-    """
+    """This process as one of a program's ranks: its device, a GPU where there is one, and its place. Raises
+    `ConfigError` as `join_world` does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = join_world(device)
     try:

@@ -1,6 +1,6 @@
 """Numbers that a setting may take, declared beside its default."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 
@@ -16,8 +16,9 @@ class Interval:
         return above and (number < high if self.text[-1] == ")" else number <= high)
 
 
-def within(interval: str, *default: Any) -> Any:
+def within(interval: str, default: Any = MISSING) -> Any:
     """A setting that is a number, or a list of them, inside `interval`; required where it has no default."""
-    held = {"default_factory": default[0].copy} if default and isinstance(default[0], list) else {}
-    held = held or ({"default": default[0]} if default else {})
-    return field(**held, metadata={"interval": Interval(interval)})
+    metadata = {"interval": Interval(interval)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.choices import CacheKind, CompressedKV, Sharding, SizeUnit, TextPlacement
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.foreign_keys import OURS
 
 Section = TypeVar("Section")
@@ -51,8 +52,9 @@ def _parse(text: str, origin: str) -> Any:
 _LOADER = _yaml_loader()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -65,7 +67,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     try:
         content = _parse(path.read_text(encoding="utf-8"), f"config {path}")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path}: not a text file in UTF-8 ({_first_line(error)})") from error
+        raise ConfigError(f"config {path}: not a text file in UTF-8 ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings, found {type(content).__name__}")
     base = content.pop("base", None)
@@ -86,7 +88,7 @@ def _told(origin: str) -> Iterator[None]:
         if isinstance(error, ConfigError):
             raise
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"{origin}: " + (f"setting `{key}`: " if key else "") + _first_line(error)) from error
+        raise ConfigError(f"{origin}: " + (f"setting `{key}`: " if key else "") + first_line(error)) from error
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -141,15 +143,10 @@ def _hint(key: str, known: list[str]) -> str:
     return f"`{key}`; the nearest known one is `{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]}`"
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
-) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Config:
     """Defaults, then the YAML at `path` with its parents, then dot-list `overrides` such as `cache.top_k=1`, then
-    `settings` by such keys.
-
-    Raises `ConfigError` for a missing file, an unknown key (naming the nearest known one), a value of the wrong type or
-    an impossible combination.
-    """
+    `settings` by such keys. Raises `ConfigError` for a missing file, an unknown key (naming the nearest known one), a
+    value of the wrong type or an impossible combination."""
     merged = OmegaConf.structured(Config)
     sources = {str(path): _read_yaml(Path(path)), "command line": _read_overrides(overrides)}
     for key, value in (settings or {}).items():
@@ -200,63 +197,54 @@ def _is_text(value: str) -> bool:
 
 def validate(config: Config) -> None:
     """Raise `ConfigError` for values that no run could use; needs no model and no file."""
-
-    def require(condition: bool, key: str, value: Any, expected: str) -> None:
-        if not condition:
-            raise ConfigError(f"setting `{key}` is {value}: {expected}")
-
     _check_values(config)
+    need, dmd, longest = partial(require, config), config.dmd, config.dmd.max_rollout_frames
     video, cache, sampler, train, data = config.video, config.cache, config.sampler, config.train, config.data
-    chunk, multiple = video.frames_per_chunk, f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}"
+    chunk, window, told, vae = video.frames_per_chunk, video.trained_frames, data.stories, config.vae
+    multiple = f"must be a multiple of video.frames_per_chunk={chunk}"
     for name in ("height", "width"):
-        value = getattr(video, name)
-        require(value % 16 == 0, f"video.{name}", value, "must be a positive multiple of 16 pixels")
+        size, crop = getattr(video, name), getattr(vae, f"crop_{name}")
+        need(f"video.{name}", size % 16 == 0, "must be a positive multiple of 16 pixels")
+        need(f"vae.crop_{name}", not vae.crop_steps or (crop <= size and crop % 16 == 0),
+             f"must be a multiple of 16, at most {size}")  # fmt: skip
+        need(f"video.{name}", train.stage != "vae" or size % (4 * vae.patch_size) == 0,
+             f"must be a multiple of {4 * vae.patch_size} px, 4 x vae.patch_size")  # fmt: skip
     for name in ("sink", "recent"):
-        value = getattr(cache, name)
         in_chunks = cache.unit == SizeUnit.chunks or cache.kind == CacheKind.deep_forcing
-        require(in_chunks or value % chunk == 0, f"cache.{name}", f"{value} frames", multiple)
-    capacity = cache.mid_capacity
-    require(capacity == "auto" or not isinstance(capacity, str), "cache.mid_capacity", capacity,
-            "must be a number of chunks, auto, or null for an unbounded archive")  # fmt: skip
-    require(len(cache.compressor.channels) > 0, "cache.compressor.channels", cache.compressor.channels, "needs a stage")
-    require(cache.compressor.kind != "identity" or cache.compressor.kv == CompressedKV.project, "cache.compressor.kv",
-            cache.compressor.kv, "kind=identity has its K, V already; choose another kind, or kv=project")  # fmt: skip
-    require(len(sampler.steps) > 0, "sampler.steps", sampler.steps, "needs at least one timestep")
-    require(sorted(sampler.steps, reverse=True) == list(sampler.steps), "sampler.steps", sampler.steps,
-            "must go down from noise to clean")  # fmt: skip
-    frames = config.inference.num_output_frames
-    require(frames % chunk == 0, "inference.num_output_frames", frames, multiple)
-    require(train.sharding != Sharding.none or train.text_placement != TextPlacement.sharded, "train.text_placement",
-            "sharded", "needs train.sharding=full or hybrid")  # fmt: skip
-    require(train.shard_size is None or train.sharding == Sharding.hybrid, "train.shard_size", train.shard_size,
-            f"only train.sharding=hybrid reads it, not {train.sharding.value}; unset it")  # fmt: skip
-    require(train.sharding == Sharding.none or train.stage != "vae", "train.sharding", train.sharding.value,
-            "the VAE is not run by its forward, which sharding needs; set it to none")  # fmt: skip
-    optimizers = {"train.optimizer": train.optimizer, "dmd.critic_optimizer": config.dmd.critic_optimizer}
-    for name, optimizer in optimizers.items():
-        require(len(optimizer.betas) == 2, f"{name}.betas", optimizer.betas, "must be two numbers")
-    require(data.clip_frames % 4 == 1, "data.clip_frames", data.clip_frames, "must be 4n + 1 (the VAE's causal stride)")
-    stories = data.stories
-    require(len(stories.shot_chunks) == 2 and stories.shot_chunks[0] <= stories.shot_chunks[1],
-            "data.stories.shot_chunks", stories.shot_chunks, "must be [least, most]")  # fmt: skip
-    require(not stories.count or data.kind == "sprites", "data.stories.count", stories.count, "needs data.kind=sprites")
-    require(data.num_clips or stories.count or data.kind != "sprites", "data.num_clips", 0,
-            "needs clips, or data.stories.count")  # fmt: skip
-    for name, largest in (("crop_height", video.height), ("crop_width", video.width)):
-        value = getattr(config.vae, name)
-        fits = value <= largest and value % 16 == 0
-        require(fits or not config.vae.crop_steps, f"vae.{name}", value, f"must be a multiple of 16, at most {largest}")
-    require(len(config.vae.dim_mult) == 3, "vae.dim_mult", config.vae.dim_mult, "must be three, as it halves twice")
-    for name in ("height", "width"):
-        value, unit = getattr(video, name), 4 * config.vae.patch_size
-        require(train.stage != "vae" or value % unit == 0, f"video.{name}", value, f"must be a multiple of {unit} px, "
-                "4 x vae.patch_size")  # fmt: skip
-    dmd, longest, window = config.dmd, config.dmd.max_rollout_frames, video.trained_frames
-    require(dmd.min_timestep <= dmd.max_timestep, "dmd.min_timestep", dmd.min_timestep,
-            f"must be at most dmd.max_timestep={dmd.max_timestep}")  # fmt: skip
-    require(longest is None or (longest >= window and longest % chunk == 0), "dmd.max_rollout_frames", longest,
-            f"must be null, or at least video.trained_frames={window} and a multiple of video.frames_per_chunk={chunk}",
+        need(f"cache.{name}", in_chunks or getattr(cache, name) % chunk == 0, f"as frames it {multiple}")
+    need("cache.mid_capacity", cache.mid_capacity == "auto" or not isinstance(cache.mid_capacity, str),
+         "must be a number of chunks, auto, or null for an unbounded archive")  # fmt: skip
+    need("cache.compressor.channels", cache.compressor.channels, "needs a stage")
+    need("cache.compressor.kv", cache.compressor.kind != "identity" or cache.compressor.kv == CompressedKV.project,
+         "kind=identity has its K, V already; choose another kind, or kv=project")  # fmt: skip
+    need("sampler.steps", sampler.steps, "needs at least one timestep")
+    need("sampler.steps", sorted(sampler.steps, reverse=True) == sampler.steps, "must go down from noise to clean")
+    need("inference.num_output_frames", config.inference.num_output_frames % chunk == 0, multiple)
+    unsharded = train.sharding == Sharding.none
+    need("train.text_placement", not unsharded or train.text_placement != TextPlacement.sharded,
+         "needs train.sharding=full or hybrid")  # fmt: skip
+    need("train.shard_size", train.shard_size is None or train.sharding == Sharding.hybrid,
+         f"only train.sharding=hybrid reads it, not {train.sharding}; unset it")  # fmt: skip
+    need("train.sharding", unsharded or train.stage != "vae",
+         "the VAE is not run by its forward, which sharding needs; set it to none")  # fmt: skip
+    need("train.optimizer.betas", len(train.optimizer.betas) == 2, "must be two numbers")
+    need("dmd.critic_optimizer.betas", len(dmd.critic_optimizer.betas) == 2, "must be two numbers")
+    need("data.clip_frames", data.clip_frames % 4 == 1, "must be 4n + 1 (the VAE's causal stride)")
+    need("data.stories.shot_chunks", len(told.shot_chunks) == 2 and told.shot_chunks == sorted(told.shot_chunks),
+         "must be [least, most]")  # fmt: skip
+    need("data.stories.count", not told.count or data.kind == "sprites", "needs data.kind=sprites")
+    need("data.num_clips", data.num_clips or told.count or data.kind != "sprites", "needs clips, or data.stories.count")
+    need("vae.dim_mult", len(vae.dim_mult) == 3, "must be three, as it halves twice")
+    last = dmd.max_timestep
+    need("dmd.min_timestep", dmd.min_timestep <= last, f"must be at most dmd.max_timestep={last}")
+    need("dmd.max_rollout_frames", longest is None or (longest >= window and longest % chunk == 0),
+         f"must be null, or at least video.trained_frames={window} and a multiple of video.frames_per_chunk={chunk}",
     )  # fmt: skip
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values, for JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
 
 
 def to_yaml(config: Config) -> str:

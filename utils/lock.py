@@ -15,10 +15,8 @@ LOCK = ".lock"
 @contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
     """Hold `folder` for this process. The system lets go of it when the process ends, however that happens, so a lock
-    file that is left behind holds nobody up.
-
-    Raises `ConfigError`, which names the process that holds it and `setting`, where another run is at work.
-    """
+    file that is left behind holds nobody up. Raises `ConfigError`, which names the process that holds it and `setting`,
+    where another run is at work."""
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,28 +27,17 @@ STILL_LEVELS = 0.5  # mean change between frames that counts as none
 
 @dataclass(frozen=True)
 class Series:
-    """Measurements of F frames; what compares two frames has 0 for the first.
-
-    Attributes:
-        colour: mean and std of each channel [F, 6], in levels 0..255.
-        luma: mean [F].
-        detail: mean size of the gradient of luma [F].
-        noise: std of pixel noise [F] (Immerkaer 1996, by the median, so that edges do not count).
-        corners: colourfulness and contrast [F, 5] of the corners (top left, top right, bottom left, bottom right) and
-            of the whole frame.
-        change: mean absolute difference to the frame before [F].
-        flow: mean motion since the frame before (right, down) [F, 2], and mean speed [F], in frame heights a second.
-    """
+    """Measurements of F frames; what compares two frames has 0 for the first. Colours are in levels 0..255."""
 
     fps: float
-    colour: np.ndarray
-    luma: np.ndarray
-    detail: np.ndarray
-    noise: np.ndarray
-    corners: np.ndarray
-    change: np.ndarray
-    flow: np.ndarray
-    speed: np.ndarray
+    colour: np.ndarray  # [F, 6], mean and std of each channel
+    luma: np.ndarray  # [F], mean
+    detail: np.ndarray  # [F], mean size of the gradient of luma
+    noise: np.ndarray  # [F], std of pixel noise (Immerkaer 1996, by the median, so that edges do not count)
+    corners: np.ndarray  # [F, 5], colourfulness and contrast of top left, top right, bottom left, bottom right and all
+    change: np.ndarray  # [F], mean absolute difference to the frame before
+    flow: np.ndarray  # [F, 2], mean motion since the frame before (right, down), in frame heights a second
+    speed: np.ndarray  # [F], mean, in frame heights a second
 
     def seconds(self, values: np.ndarray) -> np.ndarray:
         """Means over whole seconds [S, ...] of values per frame [F, ...]; a shorter video is one second."""
@@ -59,16 +48,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per second, and one for the video.
-
-    Attributes:
-        over_time: -> [S].
-        summary: of these numbers.
-    """
+    """One number per second, and one for the video."""
 
     unit: str
-    over_time: Callable[[Series], np.ndarray]
-    summary: Callable[[np.ndarray], float]
+    over_time: Callable[[Series], np.ndarray]  # -> [S]
+    summary: Callable[[np.ndarray], float]  # of these numbers
 
     def value(self, series: Series) -> float:
         return float(self.summary(self.over_time(series)))
@@ -108,10 +92,6 @@ def _jumps(series: Series) -> np.ndarray:
     return change / np.maximum(around, STILL_LEVELS)
 
 
-def _largest_per_second(series: Series, values: np.ndarray) -> np.ndarray:
-    return np.array([values[round(start) : round(start + series.fps)].max() for start in _starts(series)])
-
-
 def _starts(series: Series) -> np.ndarray:
     return np.arange(max(1, int(len(series.luma) / series.fps))) * series.fps
 
@@ -119,7 +99,8 @@ def _starts(series: Series) -> np.ndarray:
 @metric("x", np.max)
 def jump(series: Series) -> np.ndarray:
     """Largest change from one frame to the next, over the typical change around it: 1 to 2 where motion is smooth."""
-    return _largest_per_second(series, _jumps(series))
+    jumps = _jumps(series)
+    return np.array([jumps[round(start) : round(start + series.fps)].max() for start in _starts(series)])
 
 
 @metric("s", np.max)
@@ -131,9 +112,7 @@ def jump_time(series: Series) -> np.ndarray:
 @metric("share")
 def corner(series: Series) -> np.ndarray:
     """How much colour and contrast a corner has lost since the first second, beyond what the whole frame has: 0 to 1.
-
-    The worst of the four corners: 1 where it has turned into a plain grey.
-    """
+    The worst of the four corners: 1 where it has turned into a plain grey."""
     kept = series.seconds(series.corners)
     kept = (kept + 1.0) / (kept[:1] + 1.0)  # a level more: a plain corner has nothing to lose
     return np.clip(1 - kept[:, :4].min(1) / np.minimum(kept[:, 4], 1.0), 0.0, 1.0)
@@ -204,10 +183,8 @@ def _blur(image: np.ndarray) -> np.ndarray:
 
 
 def _flow(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, float]:
-    """Mean motion (right, down) and mean speed in frame heights a frame, by blocks (Lucas and Kanade 1981).
-
-    Blocks without texture say nothing; the mean is over those with texture.
-    """
+    """Mean motion (right, down) and mean speed in frame heights a frame, by blocks (Lucas and Kanade 1981). Blocks
+    without texture say nothing; the mean is over those with texture."""
     before, now = _blur(before), _blur(now)
     down, right = np.gradient((before + now) / 2)
     step = now - before

@@ -53,15 +53,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Seconds and, where asked for, peak memory and tokens per part of what runs while it is entered.
-
-    The code names its parts with `part` and `timed`; `watch_module` adds those of a module. A part inside another is
-    called `outer/inner` and counts in both.
-
-    Attributes:
-        seconds, tokens: part -> sum over its calls.
-        peak: part -> largest number of bytes during one of its calls; empty without `memory`.
-    """
+    """Seconds and tokens of every part of what runs while it is entered, summed over its calls, and with `memory` the
+    most bytes (`peak`) during one of them. The code names its parts with `part` and `timed`; `watch_module` adds those
+    of a module. A part inside another is called `outer/inner` and counts in both."""
 
     def __init__(self, device: torch.device, memory: bool = False):
         self.device, self.memory = device, memory

@@ -19,16 +19,9 @@ def check_tracker(kind: str | None) -> None:
 
 
 class Tracker:
-    """Writes scalar records, between `start` and `close`; on ranks other than the first it writes nothing.
-
-    Args:
-        folder: the run's folder.
-        kind: None, "wandb" or "tensorboard".
-        project: wandb's project; the run is named like the folder.
-        config: the resolved settings, as plain containers.
-
-    Raises `ConfigError` where wandb does not take them or knows no user.
-    """
+    """Writes scalar records of a run, between `start` and `close`; on ranks other than the first it writes nothing.
+    `kind`: None, "wandb" or "tensorboard"; wandb's run is named like the folder, and has `config`, plain values. Raises
+    `ConfigError` where wandb does not take them or knows no user."""
 
     def __init__(self, folder: Path, kind: str | None, project: str, config: dict[str, Any], is_main: bool):
         self.folder, self.kind, self.is_main = folder, kind, is_main

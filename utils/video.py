@@ -27,19 +27,12 @@ def to_uint8(video: torch.Tensor) -> np.ndarray:
 
 
 class VideoWriter:
-    """Appends frames to an H.264 (yuv420p) mp4.
+    """Appends frames to an H.264 (yuv420p) mp4 in a folder that exists. As a context manager: left normally it finishes
+    the file, left by an exception it keeps the partial one. `crf`: x264's constant rate factor (0 lossless, 51 worst);
+    without macroblock trees 21 looks like 17 with them.
 
-    Used as a context manager: leaving it normally finishes the file, leaving it by an exception keeps the partial one.
-
-    Args:
-        path: final name, ending in `.mp4`; the folder must exist.
-        fps: frames per second.
-        height, width: of a frame, even.
-        crf: x264's constant rate factor (0 lossless, 51 worst); without macroblock trees 21 looks like 17 with them.
-
-    Raises:
-        ValueError: for a size or a name that H.264 mp4 cannot have.
-        OSError: where the file cannot be written.
+    Raises ValueError for a size (odd) or a name (not `.mp4`) that such a file cannot have, OSError where it cannot be
+    written.
     """
 
     def __init__(self, path: str | Path, fps: int, height: int, width: int, crf: int = 21):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipeline.data.shards import Shards, ShardWriter, read_notes, read_plan, shard_path
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import World
 from utils.rng import keyed_generator
 from utils.sprites.story import first_frame, render_stills, render_story, sample_story
@@ -33,19 +33,14 @@ FRAMES_AT_ONCE = 384  # bounds the encoder's memory
 
 def data_folder(config: Config) -> Path:
     """`data.path`, where latents are. Raises `ConfigError` where it is not set."""
-    if config.data.path is None:
-        raise ConfigError("setting `data.path` is not set: name the folder of latent shards")
+    require(config, "data.path", config.data.path, "name the folder of latent shards")
     return Path(config.data.path)
 
 
 class ClipSource(Protocol):
-    """A data set of captioned clips.
+    """A data set of captioned clips."""
 
-    Attributes:
-        made_by: everything that the clips are a function of, as JSON.
-    """
-
-    made_by: dict[str, Any]
+    made_by: dict[str, Any]  # everything that the clips are a function of, as JSON
 
     def __len__(self) -> int: ...
 
@@ -122,15 +117,10 @@ def write_clips(
 ) -> dict[str, str]:
     """Encode the clips of `source` into `folder`, the ranks taking shards in turn; finished shards are kept.
 
-    Args:
-        encode: uint8 [B, F, H, W, 3] -> normalised latents [B, C, f, h, w].
-        batch: clips encoded at once.
-        workers: processes per rank that read clips; 0: this one.
-
-    Returns:
-        Clip -> why it was left out, of all ranks' shards, to the rank that ends last; to the others nothing.
-
-    Raises `ConfigError` where `folder` holds latents of another source or VAE, or no clip was usable.
+    `encode`: uint8 [B, F, H, W, 3] -> normalised latents [B, C, f, h, w], `batch` clips at once; `workers`: processes
+    per rank that read clips, 0: this one. Returns clip -> why it was left out, of all ranks' shards, to the rank that
+    ends last; to the others nothing. Raises `ConfigError` where `folder` holds latents of another source or VAE, or no
+    clip was usable.
     """
     count = len(source)
     plan = {**source.made_by, "clips": count, "shard_size": shard_size, "vae": vae_hash}
@@ -166,14 +156,8 @@ def write_clips(
 
 
 class LatentClips:
-    """A finished folder of latents.
-
-    Attributes:
-        shape: (C, F, H, W) of every clip.
-        captions: N texts.
-        records: N records, with the caption and what else the source said.
-        made_by: what the clips are a function of; `vae` is the VAE's hash.
-    """
+    """A finished folder of N latents of `shape` (C, F, H, W). A record has the clip's caption and what else the source
+    said; `made_by` what the clips are a function of, `vae` being the VAE's hash."""
 
     def __init__(self, folder: str | Path):
         """Raises `ConfigError` for a folder that is absent, unfinished, empty or inconsistent."""
@@ -215,14 +199,9 @@ def _order(count: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def check_clips(folder: Path) -> dict[str, Any]:
-    """Read every shard and say what is there.
-
-    Returns:
-        JSON: `problems` (texts; none in a finished and sound folder), counts of shards, clips asked for and made, their
-        shape, mean and std per channel over all clips, `captions` statistics, and `skipped`: clip -> reason.
-
-    Raises `ConfigError` where nothing was ever written.
-    """
+    """Read every shard and say what is there, as JSON: `problems` (texts; none in a finished and sound folder), counts
+    of shards, clips asked for and made, their shape, mean and std per channel over all clips, `captions` statistics,
+    and `skipped`: clip -> reason. Raises `ConfigError` where nothing was ever written."""
     plan = read_plan(folder, CLIPS, COMMAND)
     problems, shapes, captions, skipped = [], Counter(), Counter(), {}
     moments = []  # of every clip: mean and mean square per channel [2, C]

@@ -1,7 +1,5 @@
 """What stages learn from clips: cached latents of clips of one shot, of stills and of stories, by sample index."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,24 +24,18 @@ from pipeline.data.clips import (
 from pipeline.data.vae_clip import channels_last, encode_frames
 from pipeline.load import load_library_model
 from pipeline.sources import vae_folder
-from utils.config import Config, ConfigError, DataKind
+from utils.config import Config, ConfigError, DataKind, require
 from utils.distributed import World, barrier
 from utils.rng import keyed_generator
 from utils.sprites.story import FRAMES_PER_CHUNK
 
 
 class TrainingClip(NamedTuple):
-    """What a stage learns from one sample.
+    """What a stage learns from one sample."""
 
-    Attributes:
-        latents: [C, F, H, W], normalised.
-        captions: one of the clip, or one of every chunk.
-        weights: of every chunk in the sample's loss, 0 to leave it out; None: all alike.
-    """
-
-    latents: torch.Tensor
-    captions: Sequence[str]
-    weights: Sequence[float] | None = None
+    latents: torch.Tensor  # [C, F, H, W], normalised
+    captions: Sequence[str]  # one of the clip, or one of every chunk
+    weights: Sequence[float] | None = None  # of every chunk in the sample's loss, 0 to leave it out; None: all alike
 
 
 @dataclass
@@ -57,10 +49,10 @@ class LatentData:
     config: Config
 
     @classmethod
-    def load(cls, config: Config, device: torch.device, world: World) -> LatentData:
+    def load(cls, config: Config, device: torch.device, world: World) -> "LatentData":
         """Read `data.path`; where `data.kind` is sprites, render and encode what is missing there first."""
-        if config.data.kind == DataKind.prompts:
-            raise ConfigError("setting `data.kind` is prompts: this stage learns from clips; use sprites or latents")
+        known = config.data.kind != DataKind.prompts
+        require(config, "data.kind", known, "this stage learns from clips; use sprites or latents")
         encoder, root = vae_folder(config), data_folder(config)
         sources = {name: source for name, source in sprite_sources(config).items() if len(source)}
         if all(phase.frames > 1 for phase in config.train.phases):
@@ -115,9 +107,8 @@ class LatentData:
 def sprite_sources(config: Config) -> dict[str, ClipSource]:
     """Folder of `data.path` -> the clips of the sprite world that belong there. Raises `ConfigError`."""
     data, video, told = config.data, config.video, config.data.stories
-    if told.count and video.frames_per_chunk not in (1, FRAMES_PER_CHUNK):
-        found = f"setting `video.frames_per_chunk` is {video.frames_per_chunk}"
-        raise ConfigError(f"{found}: stories are cut in chunks of {FRAMES_PER_CHUNK}, or of 1 as stills")
+    require(config, "video.frames_per_chunk", not told.count or video.frames_per_chunk in (1, FRAMES_PER_CHUNK),
+            f"stories are cut in chunks of {FRAMES_PER_CHUNK}, or of 1 as stills")  # fmt: skip
     size, stills = (video.height, video.width), video.frames_per_chunk == 1
     return {
         "clips": SpriteClips(config.seed, data.num_clips, data.clip_frames, *size),
@@ -145,8 +136,8 @@ def _encode_stills(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
 
 def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
     """Raise `ConfigError` where latents are of another VAE than `data.vae`, or of another size than `video`."""
-    if clips.made_by["vae"] != content_hash(vae_folder):
-        raise ConfigError(f"setting `data.vae` is {vae_folder}: the latents in {folder} are of another VAE")
+    same = clips.made_by["vae"] == content_hash(vae_folder)
+    require(config, "data.vae", same, f"the latents in {folder} are of another VAE")
     stride, video = vae_shape_of(vae_folder).spatial_stride, config.video
     height, width = (stride * size for size in clips.shape[-2:])
     if (height, width) != (video.height, video.width):

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.data.clips import LatentClips
 from pipeline.data.prompt_files import read_prompt_items
 from pipeline.data.schedule import texts
-from utils.config import Config, ConfigError
+from utils.config import Config, require
 from utils.sprites.world import caption, held_out_captions, sample_spec
 
 
@@ -30,8 +30,7 @@ def data_prompts(config: Config) -> list[str]:
     data = config.data
     if data.kind == "sprites":
         return [caption(sample_spec(config.seed, i)) for i in range(max(data.num_clips, data.num_stills))]
-    if data.path is None:
-        raise ConfigError("setting `data.path` is not set: name a file with one prompt per line, or latent shards")
+    require(config, "data.path", data.path, "name a file with one prompt per line, or latent shards")
     if data.kind == "prompts":
         return read_prompts(data.path)
     return LatentClips(Path(data.path) / "clips").captions

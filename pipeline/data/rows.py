@@ -11,15 +11,9 @@ _BINARY_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_rows(path: Path, what: str, column: str | None = None) -> list[tuple[str, Any]]:
-    """(where it stands, row) in order, blank lines left out; of a CSV file empty cells are None, and a line that
-    is no JSON is the error that says so.
-
-    Args:
-        what: the file, for error messages.
-        column: that a CSV file must have.
-
-    Raises `ConfigError` for a file that cannot be read as a whole.
-    """
+    """(where it stands, row) in order, blank lines left out; of a CSV file, which must have `column`, empty cells are
+    None, and a line that is no JSON is the error that says so. `what`: the file, for error messages. Raises
+    `ConfigError` for a file that cannot be read as a whole."""
     text, suffix = _read_text(path, what), path.suffix.lower()
     if suffix == ".csv":
         reader = csv.DictReader(text.splitlines())

@@ -82,9 +82,8 @@ def read_notes(path: Path) -> dict[str, Any]:
 class ShardWriter:
     """A folder of samples that this process and other ranks fill.
 
-    Args:
-        made_by: everything that the samples are a function of; must survive JSON. The first rank's counts.
-        shards: how many there will be; None for a folder that is added to.
+    `made_by`: everything that the samples are a function of; must survive JSON, and the first rank's counts. `shards`:
+    how many there will be; None for a folder that is added to.
 
     Raises `ConfigError` on all ranks where the folder was begun with another plan, naming the first key that differs.
     """
@@ -128,12 +127,8 @@ class ShardWriter:
 
 
 class Shards:
-    """The samples of a finished folder. Shards are memory-mapped: a sample is read when it is asked for.
-
-    Attributes:
-        plan: what the samples are a function of.
-        records: a JSON value for every sample.
-    """
+    """The samples of a finished folder: `plan`, what they are a function of, and a JSON value for each as `records`.
+    Shards are memory-mapped: a sample is read when it is asked for."""
 
     def __init__(self, folder: str | Path, kind: str, command: str):
         """Raises `ConfigError`, naming the `command` that writes it, for a folder that is absent, unfinished, of

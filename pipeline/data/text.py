@@ -19,7 +19,7 @@ from pipeline.data.shards import Shards, ShardWriter, shard_number, shard_paths
 from pipeline.load import load_text_encoder
 from pipeline.sources import part_folder
 from pipeline.text import encode_tokens
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import World, barrier
 
 TEXT, COMMAND = "text", "python -m scripts.prepare_data"
@@ -135,20 +135,16 @@ def write_embeddings(
         writer.write(number, shards[number], rows)
 
 
-def embed_prompts(
-    config: Config, prompts: Iterable[str], batch_size: int, device: torch.device, world: World
-) -> None:
+def embed_prompts(config: Config, prompts: Iterable[str], batch_size: int, device: torch.device, world: World) -> None:
     """Add what is missing of `prompts` to `data.text_embeddings`, the ranks taking shards in turn.
 
     The encoder is that of `train.text_from`, else of `model.bundle`; bfloat16 on CUDA, as at inference, else float32.
 
     Raises `ConfigError` for settings that are not set, or a folder that another encoder filled.
     """
-    if config.data.text_embeddings is None:
-        raise ConfigError("setting `data.text_embeddings` is not set: name the folder to write embeddings to")
+    require(config, "data.text_embeddings", config.data.text_embeddings, "name the folder to write embeddings to")
     source = config.train.text_from or config.model.bundle
-    if source is None:
-        raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
+    require(config, "train.text_from", source, "name a folder with text_encoder and tokenizer")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     there = replace(config, model=replace(config.model, bundle=source))
     tokenizer, encoder = load_text_encoder(there, device, dtype)

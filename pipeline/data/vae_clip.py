@@ -7,8 +7,6 @@ does what the cache makes it do: the first frame goes through untouched, and the
 (`tests/test_vae.py` holds the two equal).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -49,14 +47,8 @@ def _upsample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
 
 
 def encode_moments(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and log-variance of a clip.
-
-    Args:
-        video: [batch, 3, 1 + 4n, height, width] in -1..1.
-
-    Returns:
-        Two tensors [batch, z_dim, 1 + n, height / 8, width / 8]; the log-variance is clamped as in the library.
-    """
+    """video [B, 3, 1+4n, H, W] in -1..1 -> posterior mean and log-variance, clamped as in the library, both
+    [B, z, 1+n, H/8, W/8]."""
     encoder = vae.encoder
     x = patchify(video, vae.config.patch_size)  # [B, 3*p*p, F, H/p, W/p]
     x = encoder.conv_in(x)
@@ -69,14 +61,8 @@ def encode_moments(vae: AutoencoderKLWan, video: torch.Tensor) -> tuple[torch.Te
 
 
 def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Decode a clip of latents, without the library's clamp to -1..1 (a clamped pixel would get no gradient).
-
-    Args:
-        latents: [batch, z_dim, 1 + n, height / 8, width / 8], as the encoder gives them (not normalised).
-
-    Returns:
-        [batch, 3, 1 + 4n, height, width].
-    """
+    """latents [B, z, 1+n, H/8, W/8], as the encoder gives them (not normalised) -> video [B, 3, 1+4n, H, W], without
+    the library's clamp to -1..1 (a clamped pixel would get no gradient)."""
     decoder = vae.decoder
     x = decoder.conv_in(vae.post_quant_conv(latents))  # [B, C, 1+n, h, w]
     x = decoder.mid_block(x)
@@ -105,12 +91,9 @@ def to_video(frames: np.ndarray) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray, whole: bool = True) -> torch.Tensor:
-    """uint8 [B, F, H, W, 3] -> normalised latents float32 [B, C, 1 + (F-1)/4, H/8, W/8], the posterior's mean.
-
-    Args:
-        whole: a clip in one pass, on a CPU in bfloat16: fast for small frames. False: by the library's own path, a few
-            frames at a time, as the memory of a whole clip at 480x832 is out of proportion to what it saves.
-    """
+    """uint8 [B, F, H, W, 3] -> normalised latents float32 [B, C, 1 + (F-1)/4, H/8, W/8], the posterior's mean. `whole`:
+    a clip in one pass, on a CPU in bfloat16: fast for small frames. False: by the library's own path, a few frames at a
+    time, as the memory of a whole clip at 480x832 is out of proportion to what it saves."""
     video = to_video(frames).to(vae.device)  # [B, 3, F, H, W]
     if not whole:
         return normalise(vae, vae.encode(video).latent_dist.mode())

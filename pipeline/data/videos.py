@@ -22,16 +22,12 @@ COLUMNS = {"video": ("video", "path", "file_name"), "caption": ("caption", "text
 
 @dataclass(frozen=True)
 class CaptionedVideo:
-    """One clip: video `name` in the folder from `start` seconds on.
-
-    Attributes:
-        problem: why it cannot be used, if that is known already.
-    """
+    """One clip: video `name` in the folder from `start` seconds on."""
 
     name: str
     caption: str
     start: float = 0.0
-    problem: str | None = None
+    problem: str | None = None  # why it cannot be used, if that is known already
 
     @property
     def label(self) -> str:
@@ -43,10 +39,9 @@ class CaptionedVideo:
 def list_videos(folder: str | Path, captions: str | Path | None) -> list[CaptionedVideo]:
     """The clips to make, in order; what is wrong with one is its `problem`.
 
-    Args:
-        captions: .csv (with a header) or .jsonl; a row is a clip, with the keys of `COLUMNS`: video (relative to
-            `folder`), caption and, if it does not begin at 0, start in seconds. None: every video below `folder`, with
-            its caption in the .txt file of the same name beside it.
+    `captions`: .csv (with a header) or .jsonl; a row is a clip, with the keys of `COLUMNS`: video (relative to
+    `folder`), caption and, if it does not begin at 0, start in seconds. None: every video below `folder`, with its
+    caption in the .txt file of the same name beside it.
 
     Raises `ConfigError` for what is not there or not readable, and where no clip is usable, naming each.
     """
@@ -128,12 +123,9 @@ class VideoClips:
 
 
 def read_clip(path: str | Path, count: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
-    """`count` frames at `fps` from `start` seconds on, scaled to cover height x width and cropped around the middle.
-
-    Frame k is the one nearest in time to start + k / fps, so a slower video repeats frames and a faster one drops some.
-
-    Returns:
-        uint8 [count, height, width, 3].
+    """`count` frames at `fps` from `start` seconds on, scaled to cover height x width and cropped around the middle:
+    uint8 [count, height, width, 3]. Frame k is the one nearest in time to start + k / fps, so a slower video repeats
+    frames and a faster one drops some.
 
     Raises ValueError, with a reason, for a file that is no video, is broken or too short.
     """
@@ -164,11 +156,8 @@ def _timed(container: av.container.InputContainer, stream: av.VideoStream, start
 
 
 def nearest_frames(timed: Iterable[tuple[float, Any]], count: int, fps: float) -> Iterator[Any]:
-    """The frames nearest in time to 0, 1/fps, ... (count-1)/fps, as long as there are any.
-
-    Args:
-        timed: (seconds, frame), in order. The last one is on show for as long as the one before.
-    """
+    """Of `timed`, (seconds, frame) in order, the frames nearest in time to 0, 1/fps, ... (count-1)/fps, as long as
+    there are any. The last one is on show for as long as the one before."""
     wanted, last, shown = 0, None, 1 / fps
     for seconds, frame in timed:
         if last is not None:

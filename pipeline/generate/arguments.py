@@ -1,12 +1,16 @@
-"""Whether the arguments of a call of `PackForcingPipeline` fit each other and the model."""
+"""The arguments of a call of `PackForcingPipeline`: whether they fit each other and the model, and what they mean."""
 
 import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 from pipeline.data.schedule import prompts_of
 from pipeline.generate.chunks import OUTPUT_TYPES
+from pipeline.generate.rollout import Prompts, Rollout, StepCallback
 from utils.config import ConfigError, SamplerConfig, VideoConfig
 
 log = logging.getLogger(__name__)
@@ -59,3 +63,19 @@ def sampler_of(asked: SimpleNamespace, sampler: SamplerConfig) -> SamplerConfig:
     guidance = None if asked.guidance_scale is None else max(1.0, asked.guidance_scale)
     changes = {"num_steps": steps, "guidance": guidance}
     return replace(sampler, **{key: value for key, value in changes.items() if value is not None})
+
+
+def step_callback(pipe: Any, rollout: Rollout, asked: SimpleNamespace) -> StepCallback:
+    """`callback_on_step_end` as a rollout calls its own."""
+
+    def call(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        prompts = rollout.prompts
+        tensors = {"latents": latents, "prompt_embeds": prompts.embeds, "negative_prompt_embeds": prompts.negative}
+        wanted = {name: tensors[name] for name in asked.callback_on_step_end_tensor_inputs}
+        changed = asked.callback_on_step_end(pipe, chunk * rollout.steps_per_chunk + step, timestep, wanted) or {}
+        if changed.keys() - {"latents"}:
+            tensors |= changed
+            rollout.prompts = Prompts(tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
+        return changed.get("latents", latents)
+
+    return call

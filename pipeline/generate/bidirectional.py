@@ -1,7 +1,5 @@
 """Sampling of a bidirectional DiT: a whole clip at once, as the teacher of distillation sees it."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import WanTransformer3DModel
 
@@ -15,17 +13,8 @@ from utils.config import SamplerConfig
 def sample_clip(
     model: WanTransformer3DModel, noise: torch.Tensor, prompts: Prompts, sampler: SamplerConfig
 ) -> torch.Tensor:
-    """Euler steps of the flow ODE with classifier-free guidance; `sampler.kind` is not read.
-
-    Args:
-        noise: standard normal [B, C, F, H, W], float32.
-        prompts: conditioning of the B clips.
-
-    Returns:
-        Latents [B, C, F, H, W], normalised, float32.
-
-    Raises:
-        ValueError: where the sampler guides and `prompts` has no negative embeddings.
+    """Euler steps of the flow ODE with classifier-free guidance, whatever `sampler.kind`: noise -> normalised latents,
+    both float32 [B, C, F, H, W]. Raises ValueError where the sampler guides and `prompts` has no negative embeddings.
     """
     embeds = prompts.branches(sampler.guidance)  # [B or 2B, n, text_dim]
     branches = len(embeds) // len(noise)

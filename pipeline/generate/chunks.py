@@ -2,8 +2,8 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,50 +26,32 @@ class NotFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What `PackForcingPipeline.stream` yields.
-
-    Attributes:
-        index: number of the chunk.
-        frames: its pixel frames, as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"), [B, F, 3, H, W] in 0..1 ("pt"),
-            uint8 [B, F, H, W, 3] ("uint8"), B lists of images ("pil"); latents [B, C, F, H, W] ("latent").
-        latents: [B, C, F, H, W], normalised, float32.
-        report: tokens and bytes of each part of the cache that the chunk attended (`PackCache.report`).
-    """
+    """What `PackForcingPipeline.stream` yields. Its frames are as `output_type` says: [B, F, H, W, 3] in 0..1 ("np"),
+    [B, F, 3, H, W] in 0..1 ("pt"), uint8 [B, F, H, W, 3] ("uint8"), B lists of images ("pil"), or its latents."""
 
     index: int
     frames: Any
-    latents: torch.Tensor
-    report: dict[str, dict[str, int]]
-
-
-class _Made(NamedTuple):
-    """A chunk on its way to its frames; `pixels` where the cache wanted them."""
-
-    index: int
-    latents: torch.Tensor
-    pixels: torch.Tensor | None
-    report: dict[str, dict[str, int]]
+    latents: torch.Tensor  # [B, C, F, H, W], normalised, float32
+    report: dict[str, dict[str, int]]  # tokens and bytes of each part of the cache that it attended
 
 
 def decoded(
     rollout: Rollout, made: Generator[tuple[int, torch.Tensor]], decoder: StreamingDecoder | None, output_type: str,
     wanted: int | None, overlap: bool,
 ) -> Iterator[Chunk]:  # fmt: skip
-    """What the rollout has made, cut after `wanted` pixel frames. Raises `NotFiniteError`.
-
-    `overlap`: the next chunk is made meanwhile.
-    """
+    """What the rollout has made, cut after `wanted` pixel frames. Raises `NotFiniteError`. `overlap`: the next chunk is
+    made meanwhile."""
     processor, done = VideoProcessor(), 0
 
     @torch.no_grad()
-    def chunks() -> Iterator[_Made]:
+    def chunks() -> Iterator[Chunk]:
         with closing(made):
             for index, latents in made:
-                yield _Made(index, latents, rollout.pixels, rollout.cache.report())
+                yield Chunk(index, rollout.pixels, latents, rollout.cache.report())
 
-    def frames(chunk: _Made) -> Any:
+    def frames(chunk: Chunk) -> Any:
         nonlocal done
-        index, latents, pixels, _ = chunk
+        index, latents, pixels = chunk.index, chunk.latents, chunk.frames  # pixels where the cache wanted them
         _require_finite(index, latents, "latents", rollout)
         if output_type == "latent":
             return latents
@@ -84,7 +66,7 @@ def decoded(
         return processor.postprocess_video(pixels, output_type)
 
     for chunk, shown in used_beside(chunks(), frames, overlap):
-        yield Chunk(chunk.index, shown, chunk.latents, chunk.report)
+        yield replace(chunk, frames=shown)
 
 
 def joined(chunks: Iterable[Chunk], output_type: str) -> Any:

@@ -25,45 +25,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns a call's arguments into tensors.
+    """What turns a call's arguments into tensors."""
 
-    Attributes:
-        text: prompt -> [1, n, text_dim].
-        pixels: images or frames, as diffusers' `VideoProcessor` takes them -> [B, 3, F, H, W] in -1..1.
-        latents: pixels -> normalised [B, C, F', H', W'].
-        frames_per_chunk: latent frames.
-    """
-
-    text: Callable[[str], torch.Tensor]
-    pixels: Callable[[Any], torch.Tensor]
-    latents: Callable[[torch.Tensor], torch.Tensor]
+    text: Callable[[str], torch.Tensor]  # prompt -> [1, n, text_dim]
+    pixels: Callable[[Any], torch.Tensor]  # images or frames for a `VideoProcessor` -> [B, 3, F, H, W] in -1..1
+    latents: Callable[[torch.Tensor], torch.Tensor]  # pixels -> normalised [B, C, F', H', W']
     vae_shape: VAEShape
-    frames_per_chunk: int
+    frames_per_chunk: int  # latent ones
     fps: float
     place: dict[str, Any]  # device and dtype of the transformer
 
 
 class Conditioning:
-    """A batch of videos: its texts, and chunks that are given.
-
-    Args:
-        asked: arguments of the call, of which those in `CONDITIONS` are read, and those in `asked.conditions`.
-
-    Attributes:
-        lines: of every video, chunk -> text from there on.
-        parts: chunk -> embeddings of the batch from there on.
-        given: latents [B, C, F, H, W] of the first chunks, which are committed and not generated.
-
-    Raises:
-        ConfigError: a condition that cannot be.
-    """
+    """A batch of videos: its texts, and chunks that are given. Of the call's arguments, `asked`, those in `CONDITIONS`
+    are read, and those in `asked.conditions`. Raises `ConfigError` for a condition that cannot be."""
 
     def __init__(self, asked: SimpleNamespace, encoders: Encoders, sampler: SamplerConfig):
         self.asked, self.encoders = asked, encoders
         self.negative = None if sampler.guidance == 1 else self._negative(sampler).to(**encoders.place)
-        self.lines: list[dict[int, str]] = []
-        self.parts: dict[int, Prompts] = {}
-        self.given: list[torch.Tensor] = []
+        self.lines: list[dict[int, str]] = []  # of every video, chunk -> text from there on
+        self.parts: dict[int, Prompts] = {}  # chunk -> embeddings of the batch from there on
+        self.given: list[torch.Tensor] = []  # latents [B, C, F, H, W] of the first chunks: committed, not generated
         found = {name: getattr(asked, name, None) for name in CONDITIONS} | (asked.conditions or {})
         for name, value in found.items():
             if value is not None:
@@ -84,10 +66,8 @@ class Conditioning:
         return embeds.repeat_interleave(asked.num_videos_per_prompt, 0)
 
     def noise(self, size: tuple[int, ...]) -> NoiseSource:
-        """Noise of every chunk and step: of the call's own source, else of (seed, the chunk's text, sample).
-
-        Raises `ConfigError` for `latents` of another size than the videos', [C, F, H, W].
-        """
+        """Noise of every chunk and step: of the call's own source, else of (seed, the chunk's text, sample). Raises
+        `ConfigError` for `latents` of another size than the videos', [C, F, H, W]."""
         asked = self.asked
         if asked.noise is not None:
             noise = asked.noise

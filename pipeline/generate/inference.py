@@ -9,6 +9,7 @@ import platform
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +26,7 @@ from model.weights import content_hash
 from pipeline.bundle import pipeline_settings, transformer_settings
 from pipeline.data.schedule import texts
 from pipeline.generate.chunks import NotFiniteError
-from pipeline.generate.jobs import Job, resolved
+from pipeline.generate.jobs import Job
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import check_commit
 from pipeline.load import load_scheduler, load_text_encoder, load_transformer, load_vae, place
@@ -33,8 +34,9 @@ from pipeline.sources import bundle_part, loras, transformer_source
 from pipeline.vae_shape import VAEShape
 from utils.ahead import ahead
 from utils.cli import one_line, stop_if_asked
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.files import write_json
+from utils.load_config import first_line, plain
 from utils.video import VideoWriter
 
 log = logging.getLogger(__name__)
@@ -54,35 +56,22 @@ class Runtime:
 
 def resolve_runtime(config: Config) -> Runtime:
     """`auto` settings made definite. Raises `ConfigError` for a device, dtype or backend that is not there."""
-    settings = config.inference
-    name, expected = settings.device, ", ".join(DEVICES)
+    need, name, dtype = partial(require, config), config.inference.device, config.inference.dtype
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    need("inference.device", name.split(":")[0] in DEVICES, f"expected auto or {', '.join(DEVICES)}")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"setting `inference.device` is {name}: expected auto or {expected}") from error
-    if device.type not in DEVICES:
-        raise ConfigError(f"setting `inference.device` is {name}: expected auto or {expected}")
-    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"setting `inference.device` is {name}: not there ({reason}); use auto or cpu") from error
-    dtype = settings.dtype
+        need("inference.device", False, f"not there ({first_line(error)}); use auto or cpu")
     if dtype == "auto":
         can = torch.cpu.get_capabilities()
         native = device.type != "cpu" or can.get("amx_bf16", False) or can.get("avx512_bf16", False)
         dtype = "bfloat16" if native else "float32"
-    if dtype not in _DTYPES:
-        raise ConfigError(f"setting `inference.dtype` is {dtype}: expected auto, {', '.join(_DTYPES)}")
-    known = [backend.value for backend in AttentionBackendName]
-    if settings.attention_backend is not None and settings.attention_backend not in known:
-        raise ConfigError(
-            f"setting `inference.attention_backend` is {settings.attention_backend}: expected one of {', '.join(known)}"
-        )
-    if settings.threads is not None and settings.threads < 1:
-        raise ConfigError(f"setting `inference.threads` is {settings.threads}: must be at least 1")
+    need("inference.dtype", dtype in _DTYPES, f"expected auto, {', '.join(_DTYPES)}")
+    known, backend = [backend.value for backend in AttentionBackendName], config.inference.attention_backend
+    need("inference.attention_backend", backend is None or backend in known, f"expected one of {', '.join(known)}")
     return Runtime(device, _DTYPES[dtype])
 
 
@@ -91,11 +80,8 @@ def check_cache(config: Config, vae: VAEShape) -> None:
     check_commit(config.sampler, config.cache)
     settings = transformer_settings(config)
     try:
-        geometry = ChunkGeometry(
-            config.video.frames_per_chunk,
-            config.video.height // vae.spatial_stride,
-            config.video.width // vae.spatial_stride,
-        )
+        size = (length // vae.spatial_stride for length in (config.video.height, config.video.width))
+        geometry = ChunkGeometry(config.video.frames_per_chunk, *size)
         CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -226,7 +212,7 @@ class VideoMaker:
             "device": _device_name(self.runtime.device),
             "dtype": str(self.runtime.dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-            "config": resolved(config),
+            "config": plain(config),
         }
 
 

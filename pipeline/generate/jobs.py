@@ -6,18 +6,16 @@ made with the settings of this run.
 
 import json
 import re
-import tempfile
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import Prompt, texts
 from utils.config import Config, ConfigError
+from utils.load_config import plain
 
 _SLUG_LENGTH = 60
 # Settings that say where and how fast, not what; weights are compared by content, not by path.
@@ -57,10 +55,8 @@ def slug(prompt: str) -> str:
 
 
 def plan(items: list[PromptItem], folder: str | Path, config: Config, frames_of: Callable[[float], int]) -> list[Job]:
-    """All videos of a run. Sample 0 has no suffix, so asking for more samples later keeps the first.
-
-    `frames_of`: seconds -> latent frames.
-    """
+    """All videos of a run. Sample 0 has no suffix, so asking for more samples later keeps the first. `frames_of`:
+    seconds -> latent frames."""
     jobs = []
     for index, item in enumerate(items):
         own = _own_settings(config, item, frames_of)
@@ -81,23 +77,6 @@ def _own_settings(config: Config, item: PromptItem, frames_of: Callable[[float],
     return replace(config, seed=seed, sampler=sampler, inference=inference)
 
 
-def check_output_folder(folder: str | Path) -> Path:
-    """Create `folder` and see that files can be written. Raises `ConfigError`."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output folder {folder} is not writable ({error.strerror}); choose another one") from error
-    return folder
-
-
-def resolved(config: Config) -> dict[str, Any]:
-    """The whole config as plain values, for JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-
-
 def what_was_made(prompt: Prompt, sample: int, config: dict[str, Any], weights: dict[str, str]) -> dict[str, Any]:
     """Everything a video is a function of, flat: {"cache.top_k": 16, ...}."""
     flat: dict[str, Any] = {"prompt": prompt, "sample": sample}
@@ -113,10 +92,8 @@ def what_was_made(prompt: Prompt, sample: int, config: dict[str, Any], weights: 
 
 
 def is_finished(job: Job, weights: dict[str, str]) -> bool:
-    """Whether the video of `job` is there, made with these settings and weights.
-
-    Raises `ConfigError` naming the first difference where it was made with others.
-    """
+    """Whether the video of `job` is there, made with these settings and weights. Raises `ConfigError` naming the first
+    difference where it was made with others."""
     if not (job.video.is_file() and job.sidecar.is_file()):
         return False
     try:
@@ -125,7 +102,7 @@ def is_finished(job: Job, weights: dict[str, str]) -> bool:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{job.sidecar} is not the description of a video; remove it or choose another "
                           "output folder") from error  # fmt: skip
-    now = what_was_made(job.prompt, job.sample, resolved(job.config), weights)
+    now = what_was_made(job.prompt, job.sample, plain(job.config), weights)
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(

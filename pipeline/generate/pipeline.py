@@ -10,7 +10,6 @@ Everything that generates goes through `stream`: the command line, evaluation, s
 """
 
 import inspect
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -28,25 +27,20 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.bundle import read_json
 from pipeline.data.schedule import Prompt
 from pipeline.data.vae_clip import normalise
-from pipeline.generate.arguments import CALLBACK_INPUTS, check_arguments, sampler_of
+from pipeline.generate.arguments import CALLBACK_INPUTS, check_arguments, sampler_of, step_callback
 from pipeline.generate.chunks import Chunk, decoded, joined
 from pipeline.generate.conditioning import Conditioning, Encoders
-from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, StepCallback
+from pipeline.generate.rollout import NoiseSource, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
-from pipeline.load import flow_shift, load_transformer, place, read_scheduler
+from pipeline.load import UNTRAINED_CACHE, flow_shift, read_parts
 from pipeline.lora import read_lora
 from pipeline.text import encode_prompt
 from pipeline.vae_shape import VAEShape
-from utils.choices import CacheKind
-from utils.config import CacheConfig, CompressorConfig, Config, ConfigError, ModelConfig, SamplerConfig, VideoConfig
+from utils.config import CacheConfig, ConfigError, SamplerConfig, VideoConfig
+from utils.files import read_json
 from utils.load_config import section
-
-# A plain Wan folder says nothing about a cache: attend its first and last chunks, which needs no trained compressor.
-UNTRAINED_CACHE = CacheConfig(kind=CacheKind.sink, sink=1, recent=5, compressor=CompressorConfig("identity"))
-log = logging.getLogger(__name__)
 
 
 class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -87,12 +81,9 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        checkpoint: str | Path | None = None,
-        use_ema: bool = False,
+        cls, pretrained_model_name_or_path: str | Path, checkpoint: str | Path | None = None, use_ema: bool = False,
         **options: Any,
-    ) -> "PackForcingPipeline":
+    ) -> "PackForcingPipeline":  # fmt: skip
         """From a bundle, or a diffusers folder of Wan2.1 (whose transformer is read as a chunk-causal one).
 
         `checkpoint` takes the place of the folder's transformer: whatever `model.checkpoint` may name, a `.pt` file of
@@ -104,23 +95,13 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not folder.is_dir():
             folder = Path(snapshot_download(str(pretrained_model_name_or_path)))
         index = read_json(folder / cls.config_name)
-        plain = index["transformer"][1] != CausalWanModel.__name__
         if "_base" in index:
             own = {name: index[name] for name in ("cache", "sampler", "video") if name in index}
             if checkpoint is None:
                 options.setdefault("transformer", CausalWanModel.from_pretrained(
                     folder / "transformer", torch_dtype=options.get("torch_dtype")))  # fmt: skip
             return cls.from_pretrained(folder / index["_base"], checkpoint, use_ema, **{**own, **options})
-        if options.get("transformer") is None and (plain or checkpoint is not None):
-            settings = {name: options.get(name) or index.get(name) for name in ("cache", "video")}
-            cache = UNTRAINED_CACHE if settings["cache"] is None else section(CacheConfig, "cache", settings["cache"])
-            video = section(VideoConfig, "video", settings["video"] or {})
-            source = ModelConfig(bundle=str(folder), checkpoint=checkpoint and str(checkpoint), use_ema=use_ema)
-            transformer = load_transformer(Config(model=source, cache=cache, video=video))
-            dtype = options.get("torch_dtype")
-            options["transformer"] = place(transformer, torch.device("cpu"), dtype) if dtype else transformer
-        if index["scheduler"][1] != FlowMatchEulerDiscreteScheduler.__name__ and options.get("scheduler") is None:
-            options["scheduler"] = read_scheduler(folder)
+        options |= read_parts(folder, index, checkpoint, use_ema, options)
         return super().from_pretrained(str(folder), **options)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict, **options: Any) -> None:
@@ -222,22 +203,16 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 chunks of the result.
             conditions: values of further `CONDITIONS` by name.
 
-        Returns:
-            `.frames`, or a tuple of them, as `Chunk.frames` for whole videos.
-
-        Raises:
-            ConfigError: arguments that do not fit each other or the model.
-            NotFiniteError: a chunk of NaN or infinite numbers.
+        Returns `.frames`, or a tuple of them, as `Chunk.frames` for whole videos. Raises `ConfigError` for arguments
+        that do not fit each other or the model, `NotFiniteError` for a chunk of NaN or infinite numbers.
         """
         arguments = SimpleNamespace(**{key: value for key, value in locals().items() if key != "self"})
         frames = joined(self.progress_bar(self._stream(arguments)), output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def stream(self, *arguments: Any, **options: Any) -> Iterator[Chunk]:
-        """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video.
-
-        The next chunk is made meanwhile: callbacks are called in its thread.
-        """
+        """Yield each chunk as it is made; arguments and errors as for a call. Memory does not grow with the video. The
+        next chunk is made meanwhile: callbacks are called in its thread."""
         return self._stream(self._asked(*arguments, **options))
 
     def rollout(self, *arguments: Any, **options: Any) -> Rollout:
@@ -277,7 +252,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         place = {"device": self._execution_device, "decoder": decoder if cache.needs_pixels else None}
         rollout = Rollout(self.transformer, cache, sampler, conditioning.parts[0], noise, **place)
         if asked.callback_on_step_end is not None:
-            rollout.on_step_end = self._step_callback(rollout, asked)
+            rollout.on_step_end = step_callback(self, rollout, asked)
         return rollout, conditioning, chunks, decoder
 
     @torch.no_grad()
@@ -314,16 +289,3 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-    def _step_callback(self, rollout: Rollout, asked: SimpleNamespace) -> StepCallback:
-        def call(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-            prompts = rollout.prompts
-            tensors = {"latents": latents, "prompt_embeds": prompts.embeds, "negative_prompt_embeds": prompts.negative}
-            wanted = {name: tensors[name] for name in asked.callback_on_step_end_tensor_inputs}
-            changed = asked.callback_on_step_end(self, chunk * rollout.steps_per_chunk + step, timestep, wanted) or {}
-            if changed.keys() - {"latents"}:
-                tensors |= changed
-                rollout.prompts = Prompts(tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
-            return changed.get("latents", latents)
-
-        return call

@@ -15,11 +15,12 @@ from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import timeline
 from pipeline.fit import check_memory
 from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, resolve_runtime, weight_hashes
-from pipeline.generate.jobs import check_output_folder, is_finished, plan
+from pipeline.generate.jobs import is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.vae_shape import VAEShape
 from utils.config import Config, ConfigError
 from utils.distributed import barrier, from_all, join_world, leave_world
+from utils.files import writable_folder
 from utils.lock import locked
 
 log = logging.getLogger("inference")
@@ -43,9 +44,7 @@ def latent_frames(seconds: float, config: Config, vae: VAEShape) -> int:
 
 def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, estimate: bool = True) -> int:
     """Make what is missing; returns the exit status. Raises `ConfigError` for what is found wrong before that.
-
-    `estimate`: ask first whether it fits the GPU.
-    """
+    `estimate`: ask first whether it fits the GPU."""
     _quiet_libraries()
     SAMPLERS[config.sampler.kind]  # an unknown one shows here
     check_bundle(config)
@@ -54,7 +53,7 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
         config.inference.num_output_frames = latent_frames(seconds, config, vae)
     runtime = resolve_runtime(config)
     check_cache(config, vae)
-    folder = check_output_folder(config.inference.output_folder)
+    folder = writable_folder(config.inference.output_folder, "output folder")
 
     world = join_world(runtime.device, timeout=LONGEST)
     try:

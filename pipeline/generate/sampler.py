@@ -52,10 +52,8 @@ def few_step(
     stop: int | None = None,
     train: bool = False,
 ) -> torch.Tensor:
-    """Predict x0, renoise to the next step with fresh noise (Self-Forcing, arXiv 2506.08009).
-
-    `stop`: the step after which x0 is returned, with `train` the only one with gradient; None: the last one.
-    """
+    """Predict x0, renoise to the next step with fresh noise (Self-Forcing, arXiv 2506.08009). `stop`: the step after
+    which x0 is returned, with `train` the only one with gradient; None: the last one."""
     steps = few_step_timesteps(sampler, schedule)
     last = len(steps) - 1 if stop is None else stop
     latents = draw(0)
@@ -70,9 +68,7 @@ def few_step(
 
 
 @SAMPLERS.register("euler")
-def euler(
-    flow: Flow, draw: Draw, sampler: SamplerConfig, schedule: FlowMatchSchedule, watch: Watch
-) -> torch.Tensor:
+def euler(flow: Flow, draw: Draw, sampler: SamplerConfig, schedule: FlowMatchSchedule, watch: Watch) -> torch.Tensor:
     """Euler steps of the flow ODE from sigma 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, sampler.num_steps + 1)[:-1].tolist())

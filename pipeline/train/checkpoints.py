@@ -190,14 +190,9 @@ def _first_failure(error: CheckpointException) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank makes one, and calls it at the same steps.
-
-    Args:
-        folder: where they lie.
-        keep: how many complete ones are kept.
-        config: the resolved settings as YAML.
-        device: of the tensors; those of a GPU are copied to pinned memory, which is kept for the next save.
-    """
+    """The checkpoints of one run, of which the last `keep` complete ones are kept. Every rank makes one, and calls it
+    at the same steps. `config`: the resolved settings as YAML; `device`: of the tensors; those of a GPU are copied to
+    pinned memory, which is kept for the next save."""
 
     def __init__(self, folder: Path, keep: int, config: str, world: World, device: torch.device = CPU):
         self.folder, self.keep, self.config, self.world, self.device = folder, keep, config, world, device
@@ -238,13 +233,9 @@ class Checkpoints:
         return source.rename(target)
 
     def save(self, step: int, tensors: dict[str, Any], info: dict[str, Any]) -> None:
-        """Copy `tensors` to the CPU and write them, both in the background: they must not change before `copied`.
-        Waits for the save before it, and raises OSError where that failed.
-
-        Args:
-            tensors: nested dicts of tensors; one that is whole on every rank is written once.
-            info: plain values, written as JSON.
-        """
+        """Copy `tensors` (nested dicts; one that is whole on every rank is written once) to the CPU and write them,
+        both in the background: they must not change before `copied`. `info` is written as JSON. Waits for the save
+        before it, and raises OSError where that failed."""
         self.finish()
         partial = self._partial(step)
         if self.world.is_main:

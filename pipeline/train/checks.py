@@ -7,7 +7,7 @@ import torch
 
 from pipeline.train.parallel import shard_size
 from pipeline.train.stages import METHODS
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import World
 
 BYTES_PER_WEIGHT = 16  # in a checkpoint: float32 weight, both moments of AdamW, EMA
@@ -27,28 +27,23 @@ def check_run(config: Config, world: World, logdir: Path, save: bool) -> None:
 def check_plan(config: Config, world_size: int) -> None:
     """Ranks, batch and accumulation against the total batch."""
     train = config.train
-    if train.stage is None:
-        raise ConfigError(f"setting `train.stage` is not set: choose one of {', '.join(METHODS)}")
+    require(config, "train.stage", train.stage, f"choose one of {', '.join(METHODS)}")
     METHODS[train.stage]  # an unknown one shows here
     if train.total_batch_size is None:
         return
     if train.phases:
         raise ConfigError("settings `train.total_batch_size` and `train.phases` exclude each other: unset one")
     product = world_size * train.batch_size * train.gradient_accumulation
-    if product != train.total_batch_size:
-        raise ConfigError(
-            f"setting `train.total_batch_size` is {train.total_batch_size}, but {world_size} ranks x batch_size "
-            f"{train.batch_size} x gradient_accumulation {train.gradient_accumulation} = {product}: change one of them"
-        )
+    require(config, "train.total_batch_size", product == train.total_batch_size, f"{world_size} ranks x batch_size "
+            f"{train.batch_size} x gradient_accumulation {train.gradient_accumulation} = {product}; change one of them",
+    )  # fmt: skip
 
 
 def check_ranks(config: Config, world: World) -> None:
     """Ranks must fill the sharding groups."""
     size = shard_size(config, world)
-    if world.size % size:
-        raise ConfigError(
-            f"setting `train.shard_size`: {world.size} ranks do not fill groups of {size}; choose a divisor"
-        )
+    found = f"{world.size} ranks do not fill groups of {size}; choose a divisor"
+    require(config, "train.shard_size", world.size % size == 0, found)
 
 
 def check_disk(config: Config, logdir: Path) -> None:

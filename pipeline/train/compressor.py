@@ -8,8 +8,6 @@ The second lesson (`train.through_cache`) is memory itself: with compressed chun
 is to say what it says with the same chunks at full resolution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

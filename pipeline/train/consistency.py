@@ -5,8 +5,6 @@ from a noised clip; the student's x0 at the point before must be what its own EM
 is teacher-forced on the clean clip, and all chunks of a clip share one grid point.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +20,7 @@ from pipeline.train.generator import Generator
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student
 from pipeline.train.text import TextConditioning
-from utils.config import Config, ConfigError
+from utils.config import Config, require
 from utils.distributed import World
 from utils.rng import keyed_generator
 
@@ -35,11 +33,8 @@ class ConsistencyStage(ClipStage):
     def check(cls, config: Config) -> None:
         super().check(config)
         check_student(config)
-        if config.train.ema_start_step != 0:
-            raise ConfigError(
-                f"setting `train.ema_start_step` is {config.train.ema_start_step}: the EMA is the target of "
-                "consistency distillation from the first step on; set it to 0"
-            )
+        require(config, "train.ema_start_step", config.train.ema_start_step == 0,
+                "the EMA is the target of consistency distillation from the first step on; set it to 0")  # fmt: skip
 
     def __init__(self, config: Config, device: torch.device, world: World):
         super().__init__(config, device, world)
@@ -54,10 +49,8 @@ class ConsistencyStage(ClipStage):
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """As for AR diffusion, with the grid point [B] that a sample's chunks share in place of their timesteps."""
         batch = super().batch(step, sample_indices)
-        points = [
-            torch.randint(self.config.consistency.grid_steps, (), generator=keyed_generator(*key))
-            for key in ((self.config.seed, "grid", step, index) for index in sample_indices)
-        ]
+        draws = (keyed_generator(self.config.seed, "grid", step, index) for index in sample_indices)
+        points = [torch.randint(self.config.consistency.grid_steps, (), generator=draw) for draw in draws]
         del batch["timestep"]
         return batch | {"point": torch.stack(points).to(self.device)}
 

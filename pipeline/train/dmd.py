@@ -8,8 +8,6 @@ Their difference is the generator's gradient.
 All randomness is keyed by (seed, purpose, role, step, sample index), so it does not depend on ranks or accumulation.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext

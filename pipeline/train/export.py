@@ -27,12 +27,12 @@ def swapped_in(module: nn.Module, weights: Mapping[str, torch.Tensor] | None) ->
                 p.copy_(value)
 
 
-def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module | None:
-    """A copy on the CPU with every weight in `dtype`, to be saved; where the model is sharded, all ranks must call it
+def exported(model: nn.Module) -> nn.Module | None:
+    """A copy on the CPU with every weight in bfloat16, to be saved; where the model is sharded, all ranks must call it
     and the first one alone gets the copy."""
     copy = plain_copy(model)
     if copy is not None:
-        cast_weights(copy, dtype, keep_in_fp32=None)
+        cast_weights(copy, torch.bfloat16, keep_in_fp32=None)
     return copy
 
 

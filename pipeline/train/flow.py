@@ -5,8 +5,6 @@ text encoder is given, trains a small one along. AR diffusion is teacher forcing
 one timestep a chunk, and the clean clip beside the noisy one under the block mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What stages that train a generator share: fixed-prompt samples, and export as a bundle."""
 
-from __future__ import annotations
-
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +26,7 @@ from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
 from pipeline.train.text import TextConditioning
-from utils.config import CacheConfig, Config, ConfigError, SamplerConfig, TextPlacement
+from utils.config import CacheConfig, Config, SamplerConfig, TextPlacement, require
 
 
 class Generator(nn.Module):
@@ -42,14 +40,8 @@ class Generator(nn.Module):
 
 class GeneratorStage(Stage):
     """A stage whose role "generator" is sampled and exported; chunk by chunk, as at inference, unless `generate` says
-    otherwise. The trainer moves its modules to the device.
-
-    Args:
-        transformer: the DiT inside `modules["generator"]`.
-        text: conditioning.
-        vae_folder: holds the VAE that decodes samples.
-        latent_shape: (C, H, W) of a latent frame.
-    """
+    otherwise. The trainer moves its modules to the device. `latent_shape`: (C, H, W) of a latent frame; `vae_folder`
+    holds the VAE that decodes samples."""
 
     kind: type[WanTransformer3DModel] = CausalWanModel
 
@@ -60,9 +52,8 @@ class GeneratorStage(Stage):
         check_commit(config.sampler, config.cache)
         if config.train.text_from is None and config.data.text_embeddings is None:  # a small encoder is trained along
             check_heads(config.model.text_dim, config.model.text_heads)
-        if config.model.attention_head_dim % 2:
-            found = f"setting `model.attention_head_dim` is {config.model.attention_head_dim}"
-            raise ConfigError(f"{found}: must be even (rotary)")
+        even = config.model.attention_head_dim % 2 == 0
+        require(config, "model.attention_head_dim", even, "must be even (rotary)")
         vae_shape_of(vae_folder(config)).size(config.video)
 
     @classmethod

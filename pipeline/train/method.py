@@ -15,21 +15,13 @@ Weights = dict[str, dict[str, torch.Tensor]]  # role -> parameter name -> value
 
 
 class Stage(ABC):
-    """One training stage.
+    """One training stage."""
 
-    Attributes:
-        name: for logs and checkpoints.
-        modules: role -> trainable module; each role has its own optimizer, EMA and gradient clip.
-        targets: role -> module of the same parameters that the stage runs and the trainer keeps at the role's EMA.
-        frozen: further modules that are run; nothing changes them.
-        offloaded: those of them that stay in host memory and come to the device in parts.
-    """
-
-    name: str
-    modules: dict[str, nn.Module]
-    targets: Mapping[str, nn.Module] = {}
-    frozen: Mapping[str, nn.Module] = {}
-    offloaded: Sequence[nn.Module] = ()
+    name: str  # for logs and checkpoints
+    modules: dict[str, nn.Module]  # role -> what is trained; each role has its own optimizer, EMA and gradient clip
+    targets: Mapping[str, nn.Module] = {}  # role -> module like that one, which the trainer keeps at the role's EMA
+    frozen: Mapping[str, nn.Module] = {}  # further modules that are run; nothing changes them
+    offloaded: Sequence[nn.Module] = ()  # those of them that stay in host memory and come to the device in parts
 
     @classmethod  # noqa: B027 - a stage may take any settings
     def check(cls, config: Config) -> None:
@@ -78,9 +70,7 @@ class Stage(ABC):
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean over the batch's samples (float32 scalar with gradient), and numbers to log."""
 
-    def losses(
-        self, role: str, batch: dict[str, Any], step: int
-    ) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
+    def losses(self, role: str, batch: dict[str, Any], step: int) -> Iterator[tuple[torch.Tensor, dict[str, float]]]:
         """`loss` in parts that add up, logs too. The trainer backpropagates each before it asks for the next, so that
         memory is that of one part. Ranks that share weights must have equally many."""
         yield self.loss(role, batch, step)

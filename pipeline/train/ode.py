@@ -4,8 +4,6 @@ The student sees the AR-diffusion model's trajectory where one of its own steps 
 chunk, teacher-forced on the trajectory's end, and must name that end in one step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from pipeline.train.generator import GeneratorStage
 from pipeline.train.method import method
 from pipeline.train.roles import check_student, load_student, load_text
 from pipeline.train.trajectories import Trajectories, student_steps
-from utils.config import Config, ConfigError
+from utils.config import Config, require
 from utils.distributed import World
 from utils.rng import keyed_generator
 
@@ -37,12 +35,9 @@ class ODEStage(GeneratorStage):
         self.trajectories = Trajectories(need_folder(config.ode.path, "ode.path", "trajectories"))
         self.steps = student_steps(config)  # [S]
         self.columns = self.trajectories.columns(self.steps.tolist())
-        made_with, chunk = self.trajectories.meta["frames_per_chunk"], config.video.frames_per_chunk
-        if made_with != chunk:
-            raise ConfigError(
-                f"setting `video.frames_per_chunk` is {chunk}: the trajectories in {config.ode.path} were made with "
-                f"chunks of {made_with}"
-            )
+        chunk = self.trajectories.meta["frames_per_chunk"]
+        require(config, "video.frames_per_chunk", config.video.frames_per_chunk == chunk,
+                f"the trajectories in {config.ode.path} were made with chunks of {chunk}")  # fmt: skip
         _, latents, _ = self.trajectories[0]
         text = load_text(config, device)
         student = load_student(config, text, device, latents.shape[0])
@@ -78,7 +73,5 @@ class ODEStage(GeneratorStage):
         flow = self.transformer(noisy, timestep, embeds, clean_hidden_states=latents).sample.float()
         x0 = self.schedule.flow_to_x0(flow, noisy, timestep)  # [B, C, F, H, W]
         errors = (x0 - latents).square().unflatten(2, (-1, chunk)).mean(dim=(1, 3, 4, 5))  # [B, G]
-        logs = {}
-        for i, value in enumerate(self.steps.tolist()):
-            logs[f"mse_{value:.0f}"] = mean_where(errors, pick == i)
-        return errors.mean(), logs
+        steps = enumerate(self.steps.tolist())
+        return errors.mean(), {f"mse_{value:.0f}": mean_where(errors, pick == step) for step, value in steps}

@@ -1,7 +1,5 @@
 """Models by role: what stages start from, checked against settings and against one another, and made ready."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -20,7 +18,7 @@ from pipeline.load import load_library_model, load_mapped, load_transformer, ran
 from pipeline.sources import need_folder, transformer_source, vae_folder
 from pipeline.train.parallel import keeps_attention
 from pipeline.train.text import TextConditioning
-from utils.config import Config, ConfigError, Sharding
+from utils.config import Config, ConfigError, Sharding, require
 
 ATTENTION = (  # operators that selective checkpointing keeps the output of
     "aten::_scaled_dot_product_flash_attention",
@@ -34,36 +32,27 @@ def check_student(config: Config) -> None:
     """Raise `ConfigError` where the settings cannot be those of a few-step student, or those of a model that does
     not fit `data.vae`; reads nothing but config files."""
     train, sampler, video = config.train, config.sampler, config.video
-    if train.init_from is not None:
-        raise ConfigError(
-            f"setting `train.init_from` is {train.init_from}: stage {train.stage} starts from model.bundle and "
-            "model.checkpoint; unset it"
-        )
-    if train.text_from is None and config.data.text_embeddings is None:
-        raise ConfigError("setting `train.text_from` is not set: name a folder with text_encoder and tokenizer")
+    need = partial(require, config)
+    need("train.init_from", train.init_from is None,
+         f"stage {train.stage} starts from model.bundle and model.checkpoint; unset it")  # fmt: skip
+    need("train.text_from", train.text_from or config.data.text_embeddings,
+         "name a folder with text_encoder and tokenizer")  # fmt: skip
     if sampler.kind != "few_step" or sampler.guidance != 1:
         raise ConfigError(
             f"settings `sampler.kind` and `sampler.guidance` are {sampler.kind} and {sampler.guidance}: a "
             "student takes sampler.kind=few_step and sampler.guidance=1"
         )
-    if video.trained_frames % video.frames_per_chunk:
-        raise ConfigError(
-            f"setting `video.trained_frames` is {video.trained_frames}: must be a multiple of "
-            f"video.frames_per_chunk={video.frames_per_chunk}"
-        )
+    need("video.trained_frames", video.trained_frames % video.frames_per_chunk == 0,
+         f"must be a multiple of video.frames_per_chunk={video.frames_per_chunk}")  # fmt: skip
     if train.phases:
         raise ConfigError(f"setting `train.phases`: stage {train.stage} has none; use train.batch_size")
-    if len(set(sampler.steps)) < len(sampler.steps):
-        raise ConfigError(f"setting `sampler.steps` is {sampler.steps}: a step must not be there twice")
+    need("sampler.steps", len(set(sampler.steps)) == len(sampler.steps), "a step must not be there twice")
     if not config.model.random_init:
         transformer_source(config)  # raises where none is named
     student = transformer_settings(config)
     vae = vae_shape_of(vae_folder(config))
-    if vae.channels != student["in_channels"]:
-        raise ConfigError(
-            f"setting `data.vae` is {config.data.vae}: its latents have {vae.channels} channels, those of the student "
-            f"(model.bundle) {student['in_channels']}"
-        )
+    need("data.vae", vae.channels == student["in_channels"], f"its latents have {vae.channels} channels, those of the "
+         f"student (model.bundle) {student['in_channels']}")  # fmt: skip
     check_cache(config, vae)
 
 

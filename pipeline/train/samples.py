@@ -19,14 +19,8 @@ SHEET_COLUMNS = 8  # frames of each video on the contact sheet
 def write_samples(
     folder: Path, prompts: list[str], latents: torch.Tensor, vae: AutoencoderKLWan, fps: int
 ) -> dict[str, float]:
-    """Decode and write one video per prompt.
-
-    Args:
-        latents: [P, C, F, H, W], normalised.
-
-    Returns:
-        Where every prompt is a sprite-world caption: share of attributes read right in these videos, said ones only.
-    """
+    """Decode and write one video per prompt, from normalised latents [P, C, F, H, W]. Where every prompt is a caption
+    of the sprite world: returns the share of attributes read right in these videos, said ones only."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         facts = [parse_caption(prompt) for prompt in prompts]

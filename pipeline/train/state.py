@@ -48,14 +48,9 @@ CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class RoleState:
-    """Everything that changes when a role is updated, apart from its gradients.
-
-    Args:
-        module: what is trained.
-        ema_start: step from which an EMA is kept; None: none is.
-        target: a copy of `module` that holds the EMA from the start, for a stage that runs it.
-        parts: modules inside `module` whose gradients and updates are measured on their own.
-    """
+    """Everything that changes when a role is updated, apart from its gradients. An EMA is kept from step `ema_start` on
+    (None: none is); `target`, for a stage that runs it: a copy of `module` that holds the EMA from the start; `parts`:
+    modules inside `module` whose gradients and updates are measured on their own."""
 
     def __init__(
         self,

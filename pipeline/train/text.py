@@ -1,7 +1,5 @@
 """Conditioning on text in training: an encoder, frozen or trained along, or stored embeddings in its place."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -20,7 +18,7 @@ from pipeline.load import load_mapped, load_tokenizer
 from pipeline.sources import need_folder, part_folder
 from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.export import save_exported
-from utils.config import Config, ConfigError, TextPlacement
+from utils.config import Config, TextPlacement, require
 
 log = logging.getLogger(__name__)
 
@@ -30,30 +28,22 @@ PARTS = ("text_encoder", "tokenizer")
 
 @dataclass
 class TextConditioning:
-    """Text encoder and tokenizer of a stage, or the embeddings that stand for them.
-
-    Attributes:
-        tokenizer, encoder: None where embeddings are `stored`.
-        trainable: the encoder is trained along with the DiT; else it is frozen and the last embeddings are remembered.
-        device: where embeddings are wanted.
-        stored: what `data.text_embeddings` names.
-        source: folder that the frozen encoder and tokenizer are from.
-    """
+    """Text encoder and tokenizer of a stage, or the embeddings that stand for them."""
 
     tokenizer: PreTrainedTokenizerBase | None
-    encoder: UMT5EncoderModel | None
+    encoder: UMT5EncoderModel | None  # None, and no tokenizer, where embeddings are `stored`
     text_len: int
-    trainable: bool
-    device: torch.device
-    stored: TextEmbeddings | None = None
-    source: Path | None = None
+    trainable: bool  # along with the DiT; else the encoder is frozen and the last embeddings are remembered
+    device: torch.device  # where embeddings are wanted
+    stored: TextEmbeddings | None = None  # what `data.text_embeddings` names
+    source: Path | None = None  # folder that the frozen encoder and tokenizer are from
     _memo: dict[str, torch.Tensor] = field(default_factory=dict)
     _fixed: dict[tuple[str, ...], torch.Tensor] = field(default_factory=dict)
     _coming: dict[str, Future] = field(default_factory=dict)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     @classmethod
-    def load(cls, config: Config, device: torch.device, text_len: int) -> TextConditioning:
+    def load(cls, config: Config, device: torch.device, text_len: int) -> "TextConditioning":
         """From `data.text_embeddings`, or `train.text_from`, or fresh: the sprite world's tokenizer and an encoder of
         width `model.text_dim`. `text_len`: tokens that the DiT takes. Raises `ConfigError` where these are not there,
         or stored embeddings lack a prompt that training would ask for."""
@@ -147,10 +137,8 @@ class TextConditioning:
 
 def _stored(config: Config, text_len: int) -> TextEmbeddings:
     stored = TextEmbeddings(config.data.text_embeddings)
-    if stored.text_len != text_len:
-        raise ConfigError(
-            f"setting `data.text_embeddings` is {stored.folder}: its prompts were cut at {stored.text_len} tokens, the "
-            f"model takes {text_len}; write them again with python -m scripts.prepare_data"
-        )
+    found = f"its prompts were cut at {stored.text_len} tokens, the model takes {text_len}"
+    require(config, "data.text_embeddings", stored.text_len == text_len,
+            f"{found}; write them again with python -m scripts.prepare_data")  # fmt: skip
     stored.require(fixed_prompts(config) + data_prompts(config))
     return stored

@@ -5,8 +5,6 @@ denoised with gradient, that of the compressor included, against what the cache 
 next chunk is committed: memory does not grow with the clip.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch

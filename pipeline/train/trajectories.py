@@ -4,8 +4,6 @@ Format: `pipeline/data/shards.py`; `points` float16 [n, S, C, F, H, W], the late
 `latents` float16 [n, C, F, H, W], its end, and the prompts as records. The plan has the S timesteps.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.data.shards import Shards, ShardWriter
 from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.text import TextConditioning
 from utils.config import Commit, Config, ConfigError
@@ -31,8 +30,7 @@ _SAME_STEP = 0.01  # timesteps closer than this are the same one
 
 def student_steps(config: Config) -> torch.Tensor:
     """Timesteps of the few-step student, float32 [S]."""
-    sampler = config.sampler
-    return FlowMatchSchedule(sampler.shift).warp(sampler.steps) if sampler.warp else torch.tensor(sampler.steps)
+    return torch.tensor(few_step_timesteps(config.sampler, FlowMatchSchedule(config.sampler.shift)))
 
 
 def grid_points(config: Config) -> list[int]:
@@ -82,12 +80,8 @@ def sample_trajectories(
     config: Config, model: CausalWanModel, cache: PackCache, text: TextConditioning, prompts: list[str],
     samples: list[int],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """`points` and `latents`, float32, of one batch: the inference rollout with `ode.grid_steps` guided Euler steps.
-
-    Args:
-        cache: empty.
-        samples: a number per prompt that sets its noise apart from that of the same prompt elsewhere.
-    """
+    """`points` and `latents`, float32, of one batch: the inference rollout, with an empty cache and `ode.grid_steps`
+    guided Euler steps. `samples`: a number per prompt that sets its noise apart from that of the same one elsewhere."""
     ode, points = config.ode, grid_points(config)
     sampler = replace(config.sampler, kind="euler", num_steps=ode.grid_steps, guidance=ode.guidance)
     embeds = text.encode([*prompts, sampler.negative_prompt])  # [B + 1, text_len, text_dim]
@@ -109,14 +103,8 @@ def write_trajectories(
     config: Config, model: CausalWanModel, text: TextConditioning, data: PromptData, size: tuple[int, int],
     weights: str, world: World,
 ) -> None:  # fmt: skip
-    """Fill the folder `ode.path`, the ranks taking shards in turn; finished shards are kept.
-
-    Args:
-        size: latent height and width.
-        weights: hash of the model's weights.
-
-    Raises `ConfigError` where the folder holds trajectories that were made otherwise.
-    """
+    """Fill the folder `ode.path`, the ranks taking shards in turn; finished shards are kept. `size`: latent height and
+    width; `weights`: hash of the model's. Raises `ConfigError` where the folder's trajectories were made otherwise."""
     ode, folder = config.ode, Path(config.ode.path)
     plan = made_by(config, weights, data.prompts, config.video.trained_frames)
     writer = ShardWriter(folder, TRAJECTORIES, plan, -(-ode.num_trajectories // ode.shard_size), world)
@@ -133,12 +121,7 @@ def write_trajectories(
 
 
 class Trajectories:
-    """A finished folder, read from disk as asked for.
-
-    Attributes:
-        timesteps: of the stored points.
-        meta: how they were made.
-    """
+    """A finished folder, read from disk as asked for: `timesteps` of the stored points, and how they were made."""
 
     def __init__(self, folder: str | Path):
         """Raises `ConfigError` for a folder that is absent or unfinished."""

@@ -6,8 +6,6 @@ crops before whole frames (`vae.crop_steps`), and whole clips in one pass with t
 (`pipeline/data/vae_clip.py`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
