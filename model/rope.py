@@ -107,29 +107,34 @@ def grid_rotation(times: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, h
     return Rotation(tokens(torch.cos), tokens(torch.sin))
 
 
+def time_part(times: torch.Tensor, head_dim: int) -> Rotation:
+    """Rotation of the channels for time alone by `times` [L] or [B, L] latent frames, for `turn_in_time`."""
+    angles = _angles(times if times.ndim == 2 else times[None], rope_dims(head_dim)[0])[:, :, None]
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
 def time_rotation(times: torch.Tensor, head_dim: int) -> Rotation:
     """Rotation that shifts tokens by `times` [L] or [B, L] latent frames and leaves their spatial positions."""
-    times = times if times.ndim == 2 else times[None]
-    dim_t, dim_h, dim_w = rope_dims(head_dim)
-    time = _angles(times, dim_t)
-    angles = torch.cat((time, time.new_zeros(*time.shape[:-1], (dim_h + dim_w) // 2)), dim=-1)[:, :, None]
-    return Rotation(angles.cos().float(), angles.sin().float())
+    part, rest = time_part(times, head_dim), (0, sum(rope_dims(head_dim)[1:]) // 2)
+    return Rotation(torch.nn.functional.pad(part.cos, rest, value=1.0), torch.nn.functional.pad(part.sin, rest))
 
 
 @lru_cache(maxsize=64)
 def _time_shift(frames: float, head_dim: int, device: torch.device) -> Rotation:
     with torch.inference_mode(False):  # see chunk_rotation
-        times, pairs = torch.tensor([frames], dtype=precise(device), device=device), rope_dims(head_dim)[0] // 2
-        whole = time_rotation(times, head_dim)
-        return Rotation(whole.cos[..., :pairs], whole.sin[..., :pairs])
+        return time_part(torch.tensor([frames], dtype=precise(device), device=device), head_dim)
+
+
+def turn_in_time(x_BLHD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Tokens, in place, moved by a `time_part`; their spatial positions stay."""
+    part = x_BLHD[..., : rope_dims(x_BLHD.shape[-1])[0]]
+    part.copy_(rotation(part))
+    return x_BLHD
 
 
 def shift_in_time(x_BLHD: torch.Tensor, frames: float) -> torch.Tensor:
-    """Rotated tokens, in place, as if they were `frames` latent frames later; only their channels for time change."""
-    if frames:
-        part = x_BLHD[..., : rope_dims(x_BLHD.shape[-1])[0]]
-        part.copy_(_time_shift(frames, x_BLHD.shape[-1], x_BLHD.device)(part))
-    return x_BLHD
+    """Rotated tokens, in place, as if they were `frames` latent frames later."""
+    return turn_in_time(x_BLHD, _time_shift(frames, x_BLHD.shape[-1], x_BLHD.device)) if frames else x_BLHD
 
 
 def grid_positions(size: int, full_size: int, aligned: bool, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -20,7 +20,7 @@ from model.cache.cache import CACHES, PackCache
 from model.cache.context import ChunkContext
 from model.cache.selection import top_chunks
 from model.cache.workspace import Buffers
-from model.rope import chunk_rotation, grid_positions, grid_rotation, precise, time_rotation
+from model.rope import chunk_rotation, grid_positions, grid_rotation, precise, time_part, turn_in_time
 from utils.choices import CacheKind, SizeUnit
 
 
@@ -86,7 +86,8 @@ class DeepForcingContext(ChunkContext):
         queries = cache.frame_queries(query, self.chunk).sum(1)  # [B, heads, D]
         if tokens.queries is not None:
             queries = queries + tokens.queries[:, tokens.queries.shape[1] - self.last_frames :].sum(1)
-        keys = time_rotation(tokens.times[:, start:end], cache.head_dim)(tokens.keys[:, start:end].float())
+        keys = tokens.keys[:, start:end].to(torch.float32, copy=True)
+        turn_in_time(keys, time_part(tokens.times[:, start:end], cache.head_dim))
         return (keys * queries[:, None]).sum((-2, -1))
 
     def extend(self, layer, selected, key, value, mid):
@@ -97,32 +98,34 @@ class DeepForcingContext(ChunkContext):
             self.check_current()
             self._tokens[layer] = self.cache.layers[layer]
         tokens = self._tokens[layer]
-        history = self.gathered(tokens, selected)
-        placed = time_rotation(self._positions(history), self.cache.head_dim)(history.keys)
+        times = torch.cat(self._parts(tokens.times, selected), dim=1)
+        rotation = time_part(self._positions(times), self.cache.head_dim)
+        keys, values = ((*self._parts(x, selected), own) for x, own in ((tokens.keys, key), (tokens.values, value)))
         if torch.is_grad_enabled():
-            return torch.cat((placed, key), dim=1), torch.cat((history.values, value), dim=1)
-        buffers, count = self.cache.buffers, history.keys.shape[1]
+            placed = turn_in_time(torch.cat(keys[:-1], dim=1), rotation)
+            return torch.cat((placed, key), dim=1), torch.cat(values, dim=1)
+        buffers, count = self.cache.buffers, times.shape[1]
         buffers.reserve(self.cache.config.window * self.cache.geometry.tokens_per_frame, key)
-        keys, values = (part[:, : count + key.shape[1]] for part in (buffers.keys, buffers.values))
-        keys[:, :count], keys[:, count:] = placed, key
-        values[:, :count], values[:, count:] = history.values, value
-        return keys, values
+        held = tuple(part[:, : count + key.shape[1]] for part in (buffers.keys, buffers.values))
+        for part, new in zip(held, (keys, values), strict=True):
+            torch.cat(new, dim=1, out=part)
+        turn_in_time(held[0][:, :count], rotation)
+        return held
+
+    def _parts(self, x: torch.Tensor, selected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is attended of x, of all tokens held [B, T, ...]: of sink, mid and last frames."""
+        per_frame, samples = self.cache.geometry.tokens_per_frame, torch.arange(len(selected))[:, None]
+        end, last = self.held_sink * per_frame, self.last_frames * per_frame
+        return x[:, :end], x[samples.to(x.device), selected], x[:, x.shape[1] - last :]
 
     def gathered(self, tokens: Tokens, selected: torch.Tensor) -> Tokens:
         """What is attended of the tokens held."""
-        per_frame, samples = self.cache.geometry.tokens_per_frame, torch.arange(len(selected))[:, None]
-        end, last = self.held_sink * per_frame, self.last_frames * per_frame
+        return Tokens(*(torch.cat(self._parts(x, selected), dim=1) for x in tokens[:3]), tokens.queries)
 
-        def pick(x):
-            parts = x[:, :end], x[samples.to(x.device), selected], x[:, x.shape[1] - last :]
-            return torch.cat(parts, dim=1)
-
-        return Tokens(*(pick(x) for x in tokens[:3]), tokens.queries)
-
-    def _positions(self, history: Tokens) -> torch.Tensor:
-        """Time of every attended token [B, T]."""
+    def _positions(self, times: torch.Tensor) -> torch.Tensor:
+        """True times of the attended tokens -> the times that they are attended at, [B, T] each."""
         config, per_frame = self.cache.config, self.cache.geometry.tokens_per_frame
-        times = history.times.to(precise(history.times.device))
+        times = times.to(precise(times.device))
         counts = self.held_sink * per_frame, self.mid_tokens, self.last_frames * per_frame
         sink, mid, last = times.split(counts, dim=1)
         if config.temporal != "absolute" and config.align_mid:  # token by token, in the order of their true times
