@@ -208,9 +208,3 @@ def test_library_models_load_strictly(configure, bundle, part, load):
     file.write_bytes(b"no")
     with pytest.raises(CheckpointError, match=f"{part}/.*: not a "):
         load(configure(), CPU, torch.float32)
-
-
-def test_broken_json(configure, bundle):
-    (bundle / "vae" / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not readable as JSON"):
-        check_bundle(configure())

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.sprites.read import look
+from utils.sprites.look import look
 from utils.sprites.recall import LEFT_OUT, SINCE, recall, recall_table, score_story
 from utils.sprites.story import (
     Story,
