@@ -1,6 +1,7 @@
 """The code blocks of docs/extend.md do what the page says."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
 from pipeline.train.method import METHODS
 from utils.config import ConfigError, SamplerConfig
 from utils.metrics import METRICS, measure
+from utils.sprites.read import READERS, accuracy, read_seconds, score
+from utils.sprites.world import FPS, caption, parse_caption, render, sample_spec
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^## (.+?)$.*?```python\n(.*?)```", PAGE, flags=re.S | re.M)
@@ -25,7 +28,7 @@ BLOCKS = re.findall(r"^## (.+?)$.*?```python\n(.*?)```", PAGE, flags=re.S | re.M
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """All blocks run; the registries are as before when the tests are over."""
-    choices = [COMPRESSORS, SELECTIONS, CONDITIONS, METHODS, METRICS]
+    choices = [COMPRESSORS, SELECTIONS, CONDITIONS, METHODS, METRICS, READERS]
     before = [dict(each) for each in choices]
     for title, code in BLOCKS:
         assert code.count("\n") < 30, title
@@ -37,7 +40,8 @@ def registered():
 
 
 def test_every_kind_is_shown():
-    assert [title for title, _ in BLOCKS] == ["A compressor", "A selection", "A condition", "A stage", "A metric"]
+    kinds = ["A compressor", "A selection", "A condition", "A stage", "A metric", "A reader"]
+    assert [title for title, _ in BLOCKS] == kinds
 
 
 def rolled_out(compressor: str, channels: tuple[int, ...], **cache):
@@ -88,3 +92,10 @@ def test_the_metric():
     frames = np.repeat(np.array([10, 30], np.uint8), 8)[:, None, None, None] * np.ones((1, 32, 48, 3), np.uint8)
     drift = METRICS["brightness_drift"]
     assert drift.unit == "levels" and drift.over_time(measure(frames, 8)) == pytest.approx([0, 20])
+
+
+def test_the_reader():
+    spec = replace(sample_spec(0, 2), diameter=0.34)
+    frames = np.concatenate([render(replace(spec, diameter=d), seconds * FPS) for d, seconds in ((0.34, 5), (0.44, 1))])
+    marks = score(read_seconds(frames, FPS), parse_caption(caption(spec)))
+    assert accuracy(marks, False, range(5)) == {"size": 1.0} and accuracy(marks, False, range(5, 6)) == {"size": 0.0}
