@@ -120,5 +120,5 @@ def test_sizes_go_together_on_the_gpus_a_config_is_for(path):
     config = load_config(path)
     assert config.train.total_batch_size is not None
     check_plan(config, gpus)
-    with pytest.raises(ConfigError, match=f"but {gpus + 1} ranks"):
+    with pytest.raises(ConfigError, match=f": {gpus + 1} ranks x"):
         check_plan(config, gpus + 1)
