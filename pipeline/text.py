@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from utils.config import ConfigError
 from utils.sprites.world import COLOURS, MOTIONS, PATTERNS, SHAPES
@@ -29,15 +29,8 @@ def encode_text(
     """Prompt embeddings as Wan wants them, [len(prompts), text_len, text_dim], on the encoder's device and in its
     dtype: the encoder sees no padding, and past a prompt's end they are zero. Longer prompts are cut. Runs with
     gradient where it is enabled."""
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=text_len,
-        truncation=True,
-        add_special_tokens=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    ).to(device or text_encoder.device)  # an offloaded encoder runs elsewhere than it lies
+    tokens = tokenized(tokenizer, prompts, text_len, "max_length")
+    tokens = tokens.to(device or text_encoder.device)  # an offloaded encoder runs elsewhere than it lies
     return encode_tokens(text_encoder, tokens.input_ids, tokens.attention_mask)
 
 
@@ -67,6 +60,12 @@ def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> No
         words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
         known = f"; it knows {', '.join(words)}" if len(words) < SMALL_VOCABULARY else ""
         log.warning("prompt `%s`: the text encoder does not know %s%s", prompt, ", ".join(lacking), known)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, padding: str) -> BatchEncoding:
+    """input_ids and attention_mask [B, n], n <= text_len, where prompts are cut; `padding` as the tokenizer has it."""
+    options = {"truncation": True, "return_attention_mask": True, "return_tensors": "pt"}
+    return tokenizer(list(prompts), padding=padding, max_length=text_len, **options)
 
 
 def encode_tokens(text_encoder: UMT5EncoderModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

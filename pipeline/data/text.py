@@ -18,7 +18,7 @@ from pipeline.bundle import transformer_settings
 from pipeline.data.shards import Shards, ShardWriter, shard_number, shard_paths
 from pipeline.load import load_text_encoder
 from pipeline.sources import part_folder
-from pipeline.text import encode_tokens
+from pipeline.text import encode_tokens, tokenized
 from utils.config import Config, ConfigError, require
 from utils.distributed import World, barrier
 
@@ -77,10 +77,7 @@ def encode_trimmed(
     tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], text_len: int
 ) -> list[torch.Tensor]:
     """`pipeline.text.encode_text` without its zeros: [length, text_dim] per prompt; pads to the longest only."""
-    tokens = tokenizer(
-        list(prompts), padding="longest", max_length=text_len, truncation=True, add_special_tokens=True,
-        return_attention_mask=True, return_tensors="pt",
-    ).to(encoder.device)  # fmt: skip
+    tokens = tokenized(tokenizer, prompts, text_len, "longest").to(encoder.device)
     hidden = encode_tokens(encoder, tokens.input_ids, tokens.attention_mask)  # [B, longest, text_dim]
     return [row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)]
 
