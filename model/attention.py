@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.models.activations import GELU
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
@@ -137,7 +136,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         with exact(x.device.type):
             return nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()
-    return (x * torch.rsqrt(squares / x.shape[-1] + eps) * weight).type_as(x)
+    scaled = x * torch.rsqrt(squares / x.shape[-1] + eps)
+    return (scaled * weight if torch.is_grad_enabled() else scaled.mul_(weight)).type_as(x)
 
 
 def project(attn: WanAttention, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
@@ -207,26 +207,16 @@ def _rotate(x: torch.Tensor, rotary_emb) -> torch.Tensor:
     return rotary_emb(x)
 
 
-class SigmoidGELU(nn.Module):
-    """Projection and tanh-form GELU: 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
-
-    def __init__(self, proj: nn.Linear):
-        super().__init__()
-        self.proj = proj
+class TanhGELU(GELU):
+    """Projection and tanh-form GELU: 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3), by the
+    second form on a CPU, which vectorises better."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, L, dim] -> [B, L, ffn_dim]."""
-        x = self.proj(hidden_states)
-        return x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x * x * x))
-
-
-def prepare_for_cpu(model: WanTransformer3DModel) -> None:
-    """Make a Wan DiT, causal or not, train 1.4 times as fast on a CPU, in place; parameter names stay.
-
-    Same numbers up to rounding: attention with gradient by matrix products, and a GELU that vectorises better.
-    """
-    model.set_attn_processor(CausalWanAttnProcessor())
-    for block in model.blocks:
-        first = block.ffn.net[0]
-        if isinstance(first, GELU) and first.approximate == "tanh":
-            block.ffn.net[0] = SigmoidGELU(first.proj)
+        x, slope = self.proj(hidden_states), 2 * (2 / torch.pi) ** 0.5
+        if x.device.type == "cpu" and (x.requires_grad or torch.compiler.is_compiling()):
+            return x * torch.sigmoid(slope * (x + 0.044715 * x * x * x))
+        if x.device.type == "cpu" and x.dtype == torch.float32:  # in place
+            gate = torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope)
+            return gate.mul_(x).sigmoid_().mul_(x)
+        return self.gelu(x)

@@ -16,7 +16,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch.nn.functional import layer_norm
 
-from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, exact, project
+from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, TanhGELU, exact, project
 from model.kv import History, LayerKV, MidTokens, Pair, Room
 from model.rope import Rotation
 
@@ -135,6 +135,7 @@ class CausalWanBlock(WanTransformerBlock):
         for norm in (self.norm1, self.norm2, self.norm3):
             if isinstance(norm, FP32LayerNorm):  # not where there is no cross_attn_norm
                 norm.__class__ = LayerNorm
+        self.ffn.net[0].__class__ = TanhGELU
 
     @staticmethod
     def adopt(model: WanTransformer3DModel) -> None:
@@ -222,7 +223,8 @@ class CausalWanBlock(WanTransformerBlock):
         text, parts = encoder_hidden_states, x
         if text is not None and text.ndim == 4:  # one text for each of G equal parts of the tokens
             parts, text = x.unflatten(1, (text.shape[1], -1)).flatten(0, 1), text.flatten(0, 1)  # [B * G, L / G, dim]
-        hidden_states = hidden_states + self.attn2(parts, text, None, None, **memory).reshape(x.shape)
+        update = self.attn2(parts, text, None, None, **memory).reshape(x.shape)
+        hidden_states = hidden_states + update if torch.is_grad_enabled() else hidden_states.add_(update)  # our own
 
         x = modulate(self.norm3, hidden_states, ffn_scale, ffn_shift)
         return residual(hidden_states, self.ffn(x), ffn_gate)

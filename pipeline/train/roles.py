@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from model.attention import best_backend, prepare_for_cpu
+from model.attention import best_backend
 from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
 from model.fresh_compressor import COMPRESSOR_PREFIX
@@ -146,9 +146,7 @@ def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = to
         model.placed_dtype = dtype
     if not isinstance(model, CausalWanModel):
         CausalWanBlock.adopt(model)
-    if device.type == "cpu":
-        prepare_for_cpu(model)
-    elif config.train.mixed_precision == "bf16":
+    if device.type != "cpu" and config.train.mixed_precision == "bf16":
         model.set_attention_backend(best_backend(device, trains))
     if config.train.gradient_checkpointing and trains:
         context = {}
