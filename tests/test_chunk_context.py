@@ -33,10 +33,20 @@ def loss_of(model, cache, context, index, **options):
     return forward(model, cache, context, index, 500.0, 3, return_kv=False, **options).sample.square().mean()
 
 
-def sorted_tokens(*tensors):
-    """Tokens [B, n, heads, D] of several tensors side by side, in an order that does not depend on how they lay."""
-    rows = torch.cat([tensor.detach()[0].flatten(1) for tensor in tensors], dim=1)  # [n, parts * heads * D]
-    return rows[rows[:, 0].argsort()]
+def token_rows(*tensors):
+    """Tokens [B, n, heads, D] of several tensors side by side: [n, parts * heads * D]."""
+    return torch.cat([tensor.detach()[0].flatten(1) for tensor in tensors], dim=1)
+
+
+def assert_same_tokens(found, wanted, atol=2e-4, rtol=1e-4):
+    """Rows equal but for rounding and order. Each is held against its nearest one: sorted by a value, two rows that
+    nearly share it would change places with the rounding."""
+    assert len(found) == len(wanted)
+    if not len(found):
+        return
+    nearest = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+    assert len(nearest.unique()) == len(found)
+    torch.testing.assert_close(found, wanted[nearest], atol=atol, rtol=rtol)
 
 
 @pytest.fixture
@@ -46,11 +56,11 @@ def record(monkeypatch):
 
     def spy(self, layer, selected, key, value, mid):
         keys, values = extend(self, layer, selected, key, value, mid)
-        everything = sorted_tokens(keys, values)
-        own = {tuple(row) for row in sorted_tokens(key, value).tolist()}
-        history = [row for row in everything.tolist() if tuple(row) not in own]
+        everything = token_rows(keys, values)
+        own = {tuple(row) for row in token_rows(key, value).tolist()}
+        history = everything[[tuple(row) not in own for row in everything.tolist()]]
         assert len(history) == keys.shape[1] - key.shape[1]
-        calls.append((layer, selected.tolist(), torch.tensor(history)))
+        calls.append((layer, selected.tolist(), history))
         return keys, values
 
     monkeypatch.setattr(ChunkContext, "extend", spy)
@@ -76,7 +86,7 @@ def test_every_forward_of_a_chunk_attends_the_same_history(name, record):
         for calls in others:
             for (layer, ids, history), (same_layer, same_ids, same) in zip(first, calls, strict=True):
                 assert (layer, ids) == (same_layer, same_ids)
-                torch.testing.assert_close(history, same, atol=2e-6, rtol=0)  # the compressor may run in other batches
+                assert_same_tokens(history, same, atol=2e-6, rtol=0)  # the compressor may run in other batches
         cache.commit(kv, context)
 
 

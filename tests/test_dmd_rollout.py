@@ -4,7 +4,7 @@ import pytest
 import torch
 from distill import CHANNELS, CHUNK, FRAMES, SIZE, make_stage
 from dmd_by_hand import INDICES, SEED, STEPS, generated, generator_gradient, sigma_of
-from test_chunk_context import sorted_tokens
+from test_chunk_context import assert_same_tokens, token_rows
 from toy import randn
 
 from model.cache.cache import PackCache
@@ -55,7 +55,7 @@ def test_training_attends_what_inference_attends(root, monkeypatch, longer):
     def spy(self, layer, selected, key, value, mid):
         keys, values = extend(self, layer, selected, key, value, mid)
         starts = self.history_starts(), self.mid_starts(selected).tolist()
-        calls.append((self.chunk, layer, selected.tolist(), starts, sorted_tokens(keys, values)))
+        calls.append((self.chunk, layer, selected.tolist(), starts, token_rows(keys, values)))
         return keys, values
 
     monkeypatch.setattr(ChunkContext, "extend", spy)
@@ -79,7 +79,7 @@ def test_training_attends_what_inference_attends(root, monkeypatch, longer):
     assert any(selected[0] for _, _, selected, _, _ in calls)
     for (*where, tokens), (*wanted, wanted_tokens) in zip(in_training, calls, strict=True):
         assert where == wanted
-        torch.testing.assert_close(tokens, wanted_tokens, atol=2e-4, rtol=1e-4)
+        assert_same_tokens(tokens, wanted_tokens)
 
 
 def test_longer_rollouts_train_their_last_window(root):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_chunk_context import sorted_tokens
+from test_chunk_context import assert_same_tokens, token_rows
 from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_prompt
 
 from model.cache.context import ChunkContext
@@ -222,7 +222,7 @@ def contexts(monkeypatch):
     def spy(self, layer, selected, key, value, mid):
         keys, values = extend(self, layer, selected, key, value, mid)
         positions = self.history_starts(), self.mid_starts(selected).tolist()
-        calls.append((layer, selected.tolist(), positions, sorted_tokens(keys, values)))
+        calls.append((layer, selected.tolist(), positions, token_rows(keys, values)))
         return keys, values
 
     monkeypatch.setattr(ChunkContext, "extend", spy)
@@ -246,7 +246,7 @@ def test_training_sees_the_context_of_inference(contexts, step, settings):
     assert len(contexts) == len(at_inference) == CHUNKS * (step + 2) * 2
     for (layer, ids, positions, tokens), wanted in zip(contexts, at_inference, strict=True):
         assert (layer, ids, positions) == wanted[:3]
-        assert_near(tokens, wanted[3])
+        assert_same_tokens(tokens, wanted[3], rtol=0)
     assert rollout.mid_tokens_attended > 0
 
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from distill import CHANNELS, CHUNK, CPU, SIZE, gradients, make_stage, settings
-from test_chunk_context import sorted_tokens
+from test_chunk_context import assert_same_tokens, token_rows
 from toy import randn
 
 from model.cache.context import ChunkContext
@@ -60,7 +60,7 @@ def watch(monkeypatch, wanted):
         keys, values = extend(self, layer, selected, key, value, mid)
         if wanted():
             starts = self.history_starts(), self.mid_starts(selected).tolist()
-            calls.append(((self.chunk, layer, selected.tolist(), starts), sorted_tokens(keys, values)))
+            calls.append(((self.chunk, layer, selected.tolist(), starts), token_rows(keys, values)))
         return keys, values
 
     monkeypatch.setattr(ChunkContext, "extend", spy)
@@ -103,7 +103,7 @@ def test_a_noisy_chunk_attends_what_it_would_at_inference(root, monkeypatch, cac
     for (where, tokens), (wanted, wanted_tokens) in zip(in_training, calls, strict=True):
         assert where == wanted
         if pure_noise:
-            torch.testing.assert_close(tokens, wanted_tokens, atol=2e-4, rtol=1e-4)
+            assert_same_tokens(tokens, wanted_tokens)
     if "cache.kind=sink" not in cache:
         assert any(selected[0] for (_, _, selected, _), _ in calls)
 
