@@ -142,7 +142,7 @@ def require_training_files(config: Config) -> None:
         "data.vae": (data.vae, stage != "vae", "an AutoencoderKLWan"),
         "data.path": (data.path, stage not in ("vae", "ode"), f"{data.kind.value} to train on"),
         "data.text_embeddings": (data.text_embeddings, stage != "vae", None),
-        "train.init_from": (train.init_from, stage in ("teacher", "ar_diffusion"), None),
+        "train.init_from": (train.init_from, stage in ("vae", "teacher", "ar_diffusion"), None),
         "train.text_from": (train.text_from, stage != "vae", None),
         "model.bundle": (model.bundle, distilled and not fresh and model.checkpoint is None, "the student"),
         "ode.path": (config.ode.path, stage == "ode", "trajectories"),

@@ -178,7 +178,7 @@ class TrainConfig:
     sample_held_out: int = within("[0, 1e5]", 0)  # more of them: first captions of the sprite world's held-out split
     sample_frames: int = within("[1, 1e6]", 21)  # latent frames
     sample_long_frames: int = within("[0, 1e6]", 0)  # latent frames of a second, longer set of sample videos; 0: none
-    init_from: str | None = None  # transformer folder a teacher or AR model starts from; null: `model`'s shape, random
+    init_from: str | None = None  # folder of the weights that a VAE, teacher or AR model starts from; null: random
     text_from: str | None = None  # folder with text_encoder and tokenizer; null: a small one is trained along (teacher)
     text_placement: TextPlacement = TextPlacement.device  # of a frozen text encoder
     shift: float = within("(0, 1000]", 5.0)  # of the training noise schedule
@@ -234,6 +234,10 @@ class VAEConfig:
     crop_height: int = within("[16, 16384]", 32)
     crop_width: int = within("[16, 16384]", 48)
     crop_steps: int = within("[0, 1e9]", 0)  # first steps, on crops of that size, so that a batch holds more clips
+    cuts: float = within("[0, 1]", 0.0)  # share of the training clips that cut to other shots
+    train_encoder: bool = True  # false: latents, and what has been trained on them, stay as they are
+    latent_noise: float = within("[0, 10]", 0.0)  # most noise that the decoder learns to see through, of a latent's std
+    change_weight: float = within("[0, 1e6]", 0.0)  # of the L1 error of what changes from frame to frame
 
 
 @dataclass

@@ -18,6 +18,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 
 from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, to_video
+from pipeline.load import load_library_model
+from pipeline.sources import need_folder
 from pipeline.train.export import exported, swapped_in
 from pipeline.train.method import Stage, Weights, method
 from pipeline.train.plan import StepPlan
@@ -25,11 +27,12 @@ from pipeline.train.samples import write_samples
 from utils.config import Config, VAEConfig
 from utils.distributed import World
 from utils.rng import keyed_randn
-from utils.sprites.world import HELD_OUT_START, caption, render, render_layers, sample_spec
+from utils.sprites.world import HELD_OUT_START, SpriteSpec, caption, render, render_layers, sample_spec
 
 TEMPORAL_STAGES, RGB = 2, 3
 CROP_STEP = 16  # px; background cells are 8 px wide, so the patterns keep their place on the latent grid
 STATISTICS_CLIPS = 256
+CUTS_PER_CLIP = 1.5  # on average, where `vae.cuts` has any
 
 
 def build_vae(config: VAEConfig) -> AutoencoderKLWan:
@@ -101,21 +104,33 @@ def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> t
     return mean.tolist(), (square - mean.square()).sqrt().tolist()
 
 
+def _start(config: Config) -> AutoencoderKLWan:
+    """The VAE as training begins: `train.init_from`'s, or a fresh one of `vae`'s shape."""
+    if config.train.init_from is None:
+        return build_vae(config.vae)
+    folder = need_folder(config.train.init_from, "train.init_from", "a VAE")
+    return load_library_model(AutoencoderKLWan, folder, torch.float32)
+
+
 @method("vae")
 class VAEStage(Stage):
     """Data, network and objective of the VAE."""
 
     @classmethod
     def trained(cls, config: Config) -> list[nn.Module]:
-        return [build_vae(config.vae)]
+        return [_start(config)]
 
     def __init__(self, config: Config, device: torch.device, world: World):
         self.config, self.device = config, device
         self.plan = StepPlan(config, world.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.vae = channels_last(build_vae(config.vae)).to(device)
+            self.vae = channels_last(_start(config)).to(device)
+        if not config.vae.train_encoder:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
         self.modules = {"vae": self.vae}
+        self._latent_std = torch.tensor(self.vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
         self._encode, self._decode = encode_moments, decode_clip
 
     def compile(self) -> None:
@@ -135,39 +150,56 @@ class VAEStage(Stage):
         return (vae.crop_height, vae.crop_width) if step < vae.crop_steps else (video.height, video.width)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        """video [B, 3, 1+4n, H, W] in -1..1 and noise [B, z, 1+n, H/8, W/8] of the posterior, both float32. Clips show
-        one to `vae.max_sprites` sprites, each of a training clip of its own: more edges and colours a frame."""
+        """video [B, 3, 1+4n, H, W] in -1..1, noise [B, z, 1+n, H/8, W/8] of the posterior and std [B, 1, 1, 1, 1] of
+        the noise on top, of a latent's own, all float32. Clips show one to `vae.max_sprites` sprites, each of a
+        training clip of its own: more edges and colours a frame."""
         clips = [self._draw(step, index) for index in sample_indices]
         video = to_video(np.stack(clips)).to(self.device)
         (frames, height, width), stride = video.shape[2:], self.vae.config.scale_factor_spatial
         frames = 1 + (frames - 1) // self.vae.config.scale_factor_temporal
         shape = (self.config.vae.z_dim, frames, height // stride, width // stride)
         noise = [keyed_randn(shape, self.config.seed, "posterior", step, index) for index in sample_indices]
-        return {"video": video, "noise": torch.stack(noise).to(self.device)}
+        most = self.config.vae.latent_noise
+        std = [most * np.random.default_rng([self.config.seed, step, index, 1]).random() for index in sample_indices]
+        std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1, 1, 1)
+        return {"video": video, "noise": torch.stack(noise).to(self.device), "std": std.to(self.device)}
 
     def _draw(self, step: int, index: int) -> np.ndarray:
         """uint8 [F, H, W, 3]"""
-        seed, video = self.config.seed, self.config.video
+        seed, video, frames = self.config.seed, self.config.video, self.clip_frames(step)
         rng = np.random.default_rng([seed, index])
-        count = int(rng.integers(1, self.config.vae.max_sprites + 1))
-        specs = [sample_spec(seed, int(i)) for i in rng.integers(0, HELD_OUT_START, size=count)]
-        clip = render_layers(specs, self.clip_frames(step), video.height, video.width, video.fps)
+        size = (video.height, video.width, video.fps)
+        clip = render_layers(self._draw_sprites(rng), frames, *size)
+        if self.config.vae.cuts and rng.random() < self.config.vae.cuts:  # a latent frame never shows two shots
+            stride = self.vae.config.scale_factor_temporal
+            for start in range(1, frames, stride):
+                if rng.random() < stride * CUTS_PER_CLIP / frames:
+                    clip[start:] = render_layers(self._draw_sprites(rng), frames - start, *size)
         height, width = self.crop_size(step)
         top = CROP_STEP * int(rng.integers((video.height - height) // CROP_STEP + 1))
         left = CROP_STEP * int(rng.integers((video.width - width) // CROP_STEP + 1))
         return clip[:, top : top + height, left : left + width]
 
+    def _draw_sprites(self, rng: np.random.Generator) -> list[SpriteSpec]:
+        count = int(rng.integers(1, self.config.vae.max_sprites + 1))
+        return [sample_spec(self.config.seed, int(i)) for i in rng.integers(0, HELD_OUT_START, size=count)]
+
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """L1 and weighted MSE of the reconstruction from a sampled latent, plus a small KL to the unit Gaussian."""
         video, weights = batch["video"], self.config.vae
-        mean, logvar = (x.float() for x in self._encode(self.vae, video))  # [B, z, 1+n, H/8, W/8]
-        latents = mean + torch.exp(0.5 * logvar) * batch["noise"]  # [B, z, 1+n, H/8, W/8]
+        with torch.set_grad_enabled(weights.train_encoder and torch.is_grad_enabled()):
+            mean, logvar = (x.float() for x in self._encode(self.vae, video))  # [B, z, 1+n, H/8, W/8]
+        spread = (logvar.exp() + (batch["std"] * self._latent_std).square()).sqrt()
+        latents = mean + spread * batch["noise"]  # [B, z, 1+n, H/8, W/8]
         error = self._decode(self.vae, latents).float() - video  # [B, 3, 1+4n, H, W]
         l1, mse = error.abs().mean(), error.square().mean()
         kl = 0.5 * (mean.square() + logvar.exp() - logvar - 1.0).mean()
         psnr = 10.0 * torch.log10(4.0 / mse)  # the range -1..1 is 2 wide
         logs = {"l1": l1, "psnr": psnr, "kl": kl, "posterior_std": (0.5 * logvar).exp().mean()}
         loss = l1 + weights.mse_weight * mse + weights.kl_weight * kl
+        if weights.change_weight and error.shape[2] > 1:
+            logs["change"] = error.diff(dim=2).abs().mean()
+            loss = loss + weights.change_weight * logs["change"]
         return loss, {key: value.item() for key, value in logs.items()}
 
     @torch.no_grad()
@@ -190,8 +222,9 @@ class VAEStage(Stage):
         config = self.config
         with swapped_in(self.vae, None if ema is None else ema["vae"]):
             vae = exported(self.vae)
-        size = (config.data.clip_frames, config.video.height, config.video.width, config.video.fps)
-        videos = (to_video(render(sample_spec(config.seed, i), *size)[None]) for i in range(STATISTICS_CLIPS))
-        mean, std = latent_statistics(vae.float(), videos)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
+        if config.vae.train_encoder:
+            size = (config.data.clip_frames, config.video.height, config.video.width, config.video.fps)
+            videos = (to_video(render(sample_spec(config.seed, i), *size)[None]) for i in range(STATISTICS_CLIPS))
+            mean, std = latent_statistics(vae.float(), videos)
+            vae.register_to_config(latents_mean=mean, latents_std=std)
         vae.to(torch.bfloat16).save_pretrained(folder / "vae")
