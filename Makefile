@@ -6,7 +6,7 @@ modern = $(shell $(1) -c "import sys; print(sys.version_info >= (3, 11))" 2>/dev
 .PHONY: demo train-tiny test lint
 
 demo: $(READY) ## a story of five shots and a single one, 120 s each, on the CPU or the GPU that is there
-	$(BIN)/python inference_packforcing.py --config_path configs/tiny/story.yaml --data_path prompts/tiny_story.json \
+	$(BIN)/python inference_packforcing.py --config_path configs/tiny/demo.yaml --data_path prompts/tiny_story.json \
 		--output_folder output/demo
 	@echo "Look at output/demo/*.mp4"
 

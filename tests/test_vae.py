@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLWan
 
 from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, to_video
 from pipeline.train.vae import VAEStage, latent_statistics
-from utils.config import Config, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
+from utils.config import Config, ConfigError, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
 from utils.distributed import World
 from utils.sprites.read import READERS, read_seconds, score
 from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
@@ -74,6 +74,64 @@ def test_crops_come_first_and_show_part_of_the_frame():
     assert crop.shape == (1, 3, 5, 32, 48)
     places = [frame[..., top : top + 32, left : left + 48] for top in (0, 16, 32) for left in (0, 16, 32, 48)]
     assert any(torch.equal(crop, place) for place in places)
+
+
+def test_cuts_fall_between_latent_frames():
+    stage = small_stage(cuts=1.0)
+    stage.config.train.phases[-1].frames = 9
+    found = Counter()
+    for video in stage.batch(3, range(40))["video"]:
+        change = video.diff(dim=1).abs().mean(dim=(0, 2, 3))  # [32]
+        cuts = [int(i) + 1 for i in (change > 5 * change.median() + 0.02).nonzero()]
+        assert all(cut % 4 == 1 for cut in cuts)
+        found[len(cuts)] += 1
+    assert found[1] > 3 and found[2] > 3 and max(found) <= 8
+    without = small_stage(cuts=0.0)
+    without.config.train.phases[-1].frames = 9
+    change = without.batch(3, [0])["video"].diff(dim=2).abs().mean(dim=(0, 1, 3, 4))
+    assert change.max() < 1.5 * change.median()
+
+
+def test_a_frozen_encoder_keeps_its_latents(tmp_path):
+    start, stage = small_stage(), None
+    with torch.no_grad():
+        start.vae.decoder.conv_in.weight.add_(0.01)
+    start.vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.5, 2.5, 3.5])
+    start.vae.save_pretrained(tmp_path / "vae")
+    stage = small_stage(train_encoder=False, latent_noise=0.3, change_weight=1.0)
+    stage.config.train.init_from = str(tmp_path / "vae")
+    stage = VAEStage(stage.config, torch.device("cpu"), World(rank=0, size=1))
+    batch = stage.batch(3, [0, 1])
+    assert 0 < batch["std"].min() < batch["std"].max() < 0.3
+    loss, logs = stage.loss("vae", batch, 3)
+    loss.backward()
+    assert logs["change"] > 0
+    moved = {name for name, parameter in stage.vae.named_parameters() if parameter.grad is not None}
+    assert moved and all(name.startswith(("decoder", "post_quant_conv")) for name in moved)
+    stage.export(tmp_path / "out", None)
+    config = AutoencoderKLWan.load_config(tmp_path / "out" / "vae")
+    assert (config["latents_mean"], config["latents_std"]) == ([1.0, 2.0, 3.0, 4.0], [0.5, 1.5, 2.5, 3.5])
+
+
+def test_noise_on_latents_by_hand():
+    stage, plain = small_stage(latent_noise=0.5), small_stage()
+    stage._latent_std = torch.full((1, 4, 1, 1, 1), 2.0)
+    seen = []
+    stage._decode = plain._decode = lambda vae, latents: seen.append(latents) or decode_clip(vae, latents)
+    batch = stage.batch(3, [0, 1])
+    with torch.no_grad():
+        stage.loss("vae", batch, 3), plain.loss("vae", plain.batch(3, [0, 1]), 3)
+    mean, logvar = encode_moments(stage.vae, batch["video"])
+    std = (logvar.exp() + (2.0 * batch["std"]) ** 2).sqrt()
+    torch.testing.assert_close(seen[0], mean + std * batch["noise"])
+    torch.testing.assert_close(seen[1], mean + (0.5 * logvar).exp() * batch["noise"])
+
+
+def test_a_start_that_is_not_there_is_named():
+    stage = small_stage()
+    stage.config.train.init_from = "nowhere/vae"
+    with pytest.raises(ConfigError, match="train.init_from. is nowhere/vae"):
+        VAEStage(stage.config, torch.device("cpu"), World(rank=0, size=1))
 
 
 def test_compression_factors_are_in_the_config():
