@@ -26,7 +26,6 @@ the last line is one JSON object.
 import argparse
 import json
 import logging
-import math
 import sys
 import time
 from functools import partial
@@ -37,7 +36,7 @@ from utils.cli import answer_typos, check_positive, run_command
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
 
-from pipeline.data.schedule import Prompt, read_prompt
+from scripts.generated import find_videos, read_sidecar
 from scripts.held_out import VideoSource, held_out_stories
 from scripts.judge import Verdict, judge, print_comparison, print_recall, print_table, summarise
 from utils.config import Config, ConfigError
@@ -45,42 +44,9 @@ from utils.load_config import load_config
 from utils.sprites.recall import CHANCE, RECALLED, recall, recall_table, score_story
 from utils.sprites.story import Story, sample_return, sample_story
 from utils.sprites.world import FPS, held_out_captions
-from utils.video import PARTIAL_SUFFIX, frame_rate, read_video
+from utils.video import frame_rate, read_video
 
 log = logging.getLogger(__name__)
-
-
-def find_videos(path: Path) -> dict[str, list[Path]]:
-    """Finished videos by folder, relative to `path`, in order of name."""
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: name an mp4 or a folder of them")
-    if path.is_file():
-        return {".": [path]}
-    folders: dict[str, list[Path]] = {}
-    for video in sorted(path.rglob("*.mp4")):
-        if not video.name.endswith(PARTIAL_SUFFIX):
-            folders.setdefault(str(video.parent.relative_to(path)), []).append(video)
-    if not folders:
-        raise ConfigError(f"{path} holds no finished .mp4: generate some with inference_packforcing.py")
-    return folders
-
-
-def read_sidecar(video: Path) -> tuple[Prompt | None, float | None]:
-    """Prompt and frames per second from the JSON beside a video, None for what it does not say; logs what is wrong."""
-    sidecar = video.with_suffix(".json")
-    try:
-        record = json.loads(sidecar.read_text(encoding="utf-8"))
-        prompt, fps = record["prompt"], record["fps"]
-        prompt = prompt if prompt == "" else read_prompt(prompt, "prompt")
-        if isinstance(fps, int | float) and 0 < fps < math.inf:
-            return prompt, float(fps)
-        reason = f"fps must be a positive number, not {fps!r}"
-    except OSError as error:
-        reason = error.strerror
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"not a sidecar: {type(error).__name__} {error}"
-    log.warning("%s: no caption (%s: %s); metrics only", video, sidecar.name, reason)
-    return None, None
 
 
 def evaluate_folder(videos: list[Path]) -> dict[str, Verdict]:
