@@ -165,3 +165,14 @@ def test_sizes_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match="num_frames"):
         render(TRAINING[0], 0)
     assert render(TRAINING[0], 2, height=96, width=160).shape == (2, 96, 160, 3)
+
+
+def test_motions_of_choice_leave_all_else_alone():
+    motions = ("circles", "circles", "drifts up")
+    chosen = [sample_spec(3, index, motions=motions) for index in range(600)]
+    share = sum(spec.motion == "circles" for spec in chosen) / len(chosen)
+    assert {spec.motion for spec in chosen} == set(motions) and 0.6 < share < 0.73
+    assert all(replace(spec, motion=as_ever.motion) == as_ever
+               for spec, as_ever in zip(chosen, (sample_spec(3, index) for index in range(600)), strict=True))
+    with pytest.raises(ValueError, match="'hops' is not one of drifts left"):
+        sample_spec(3, 0, motions=("hops",))

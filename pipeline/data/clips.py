@@ -58,16 +58,18 @@ class SpriteClips:
     frames: int
     height: int
     width: int
+    motions: tuple[str, ...] = ()
 
     @property
     def made_by(self) -> dict[str, Any]:
-        return {"source": f"sprites seed={self.seed} frames={self.frames} size={self.height}x{self.width}"}
+        motions = f" motions={','.join(self.motions)}" if self.motions else ""
+        return {"source": f"sprites seed={self.seed} frames={self.frames} size={self.height}x{self.width}{motions}"}
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
-        spec = sample_spec(self.seed, index)
+        spec = sample_spec(self.seed, index, motions=self.motions)
         return render(spec, self.frames, self.height, self.width), {"caption": caption(spec)}
 
 

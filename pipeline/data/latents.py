@@ -28,6 +28,7 @@ from utils.config import Config, ConfigError, DataKind, require
 from utils.distributed import World, barrier
 from utils.rng import keyed_generator
 from utils.sprites.story import FRAMES_PER_CHUNK
+from utils.sprites.world import MOTIONS
 
 
 class TrainingClip(NamedTuple):
@@ -109,10 +110,13 @@ def sprite_sources(config: Config) -> dict[str, ClipSource]:
     data, video, told = config.data, config.video, config.data.stories
     require(config, "video.frames_per_chunk", not told.count or video.frames_per_chunk in (1, FRAMES_PER_CHUNK),
             f"stories are cut in chunks of {FRAMES_PER_CHUNK}, or of 1 as stills")  # fmt: skip
+    unknown = [motion for motion in data.motions if motion not in MOTIONS]
+    require(config, "data.motions", not unknown, f"{unknown} are none of {', '.join(MOTIONS)}")
+    motions = tuple(data.motions)
     size, stills = (video.height, video.width), video.frames_per_chunk == 1
     return {
-        "clips": SpriteClips(config.seed, data.num_clips, data.clip_frames, *size),
-        "stills": SpriteClips(config.seed, data.num_stills, 1, *size),
+        "clips": SpriteClips(config.seed, data.num_clips, data.clip_frames, *size, motions),
+        "stills": SpriteClips(config.seed, data.num_stills, 1, *size, motions),
         "stories": StoryClips(config.seed, told.count, told.chunks, tuple(told.shot_chunks), stills, *size),
     }
 

@@ -29,7 +29,8 @@ def data_prompts(config: Config) -> list[str]:
     `ConfigError` where the file or folder is not there."""
     data = config.data
     if data.kind == "sprites":
-        return [caption(sample_spec(config.seed, i)) for i in range(max(data.num_clips, data.num_stills))]
+        count = max(data.num_clips, data.num_stills)
+        return [caption(sample_spec(config.seed, i, motions=data.motions)) for i in range(count)]
     require(config, "data.path", data.path, "name a file with one prompt per line, or latent shards")
     if data.kind == "prompts":
         return read_prompts(data.path)

@@ -7,6 +7,7 @@ A clip is a pure function of (seed, index): `sample_spec` draws what it shows, `
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ DRIFTS = {"drifts left": (-1, 0), "drifts right": (1, 0), "drifts up": (0, -1), 
 HELD_OUT_START = 1_000_000
 HELD_OUT_PAIRS = frozenset({("green", "triangle"), ("magenta", "square")})
 PAIR_CHOICES = ("any", "seen", "unseen")
+MOTION_STREAM = 3  # keeps the draw of a motion apart from the clip's other randomness
 
 _COLOUR, _SHAPE, _MOTION, _PATTERN = map("|".join, (COLOURS, SHAPES, MOTIONS, PATTERNS))
 _CAPTION = re.compile(f"a (?:({_COLOUR}) )?({_SHAPE}|shape) ({_MOTION}) over a (?:({_COLOUR}) )?({_PATTERN})")
@@ -87,17 +89,20 @@ class CaptionFacts:
     pattern: str | None
 
 
-def sample_spec(seed: int, index: int, pairs: str = "any") -> SpriteSpec:
+def sample_spec(seed: int, index: int, pairs: str = "any", motions: Sequence[str] = ()) -> SpriteSpec:
     """Draw clip `index` of the world `seed`. Training indices (below `HELD_OUT_START`) never show a held-out pair and
     have an empty caption in a tenth of cases. Held-out indices always have a caption; `pairs` picks which of them to
-    draw: "any", "seen" (no held-out pair) or "unseen" (held-out pairs only).
+    draw: "any", "seen" (no held-out pair) or "unseen" (held-out pairs only). With `motions` the motion is one of them,
+    in whose choice repeats count; all else is as without.
 
-    Raises ValueError for a negative seed or index, an unknown `pairs`, or unseen pairs asked of a training index.
+    Raises ValueError for a negative seed or index, unknown `pairs` or motion, or unseen pairs asked of a training index.
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must be >= 0, got seed={seed}, index={index}")
     if pairs not in PAIR_CHOICES:
         raise ValueError(f"pairs={pairs!r} is not one of {', '.join(PAIR_CHOICES)}")
+    if unknown := set(motions) - set(MOTIONS):
+        raise ValueError(f"motion {sorted(unknown)[0]!r} is not one of {', '.join(MOTIONS)}")
     training = index < HELD_OUT_START
     if training and pairs == "unseen":
         raise ValueError(f"index {index} is a training clip and shows no unseen pair; use an index >= {HELD_OUT_START}")
@@ -106,6 +111,9 @@ def sample_spec(seed: int, index: int, pairs: str = "any") -> SpriteSpec:
     # Redrawing from the same stream keeps the clip a pure function of (seed, index).
     while (spec.pair_held_out and (training or pairs == "seen")) or (not spec.pair_held_out and pairs == "unseen"):
         spec = _draw_spec(rng)
+    if motions:
+        motion = np.random.default_rng([seed, index, MOTION_STREAM]).integers(len(motions))
+        spec = replace(spec, motion=motions[motion])
     if training and rng.random() < EMPTY_CAPTION:
         return replace(spec, say_anything=False)
     return spec
