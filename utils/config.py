@@ -211,7 +211,7 @@ class DataConfig:
     num_clips: int = within("[0, 1e7]", 4096)
     num_stills: int = within("[0, 1e7]", 0)  # further clips of a single frame: cheap lessons in what things look like
     clip_frames: int = within("[1, 1e6]", 45)  # pixel frames; 4n + 1
-    motions: list[str] = field(default_factory=list)  # of sprite clips: drawn from these, repeats count; none: all alike
+    motions: list[str] = field(default_factory=list)  # of sprite clips, drawn from these, repeats count; []: of all
     stories: StoryConfig = field(default_factory=StoryConfig)
     text_embeddings: str | None = None  # folder of stored prompt embeddings, in place of a text encoder in training
     shard_size: int = within("[1, 1e6]", 64)  # videos per file of latents (scripts/prepare_data.py)

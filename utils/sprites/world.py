@@ -95,7 +95,7 @@ def sample_spec(seed: int, index: int, pairs: str = "any", motions: Sequence[str
     draw: "any", "seen" (no held-out pair) or "unseen" (held-out pairs only). With `motions` the motion is one of them,
     in whose choice repeats count; all else is as without.
 
-    Raises ValueError for a negative seed or index, unknown `pairs` or motion, or unseen pairs asked of a training index.
+    Raises ValueError for a negative seed or index, unknown `pairs` or motion, or unseen pairs of a training index.
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must be >= 0, got seed={seed}, index={index}")
