@@ -1,36 +1,36 @@
 """What `scripts/estimate.py` runs: the project's own stages, trainer, rollout and text encoder on a fake GPU."""
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
 from pathlib import Path
 from unittest import mock
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import UMT5Config, UMT5EncoderModel
 
-from model import attention
-from model.cache import selection
 from model.cache.cache import PackCache
+from model.cache.context import ChunkContext
+from model.cache.state import UNBOUNDED, CacheLayout
 from model.causal_wan import CausalWanModel
+from model.geometry import ChunkGeometry
 from pipeline.bundle import read_json, transformer_settings, vae_shape_of
+from pipeline.data.prompts import sample_prompts
 from pipeline.generate.rollout import Prompts, Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_transformer, place
 from pipeline.text import encode_tokens
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.parallel import shard_model, sharding_mesh
-from pipeline.train.stages import build_stage
+from pipeline.train.stages import METHODS, build_stage
 from pipeline.train.trainer import Trainer
 from scripts.stand_ins import at_depth
-from utils.config import CacheKind, Config, Sharding, TextPlacement
+from utils.config import CacheKind, Config, ConfigError, Sharding, TextPlacement
 from utils.distributed import World
 from utils.fakecuda.count import Counts, OnDevice
 from utils.rng import keyed_randn
-from utils.timing import part, timed
+from utils.timing import part
 from utils.tracking import Tracker
 
 DEVICE = torch.device("cuda", 0)
@@ -88,74 +88,6 @@ class Phase:
         return cls(one.name, **numbers)
 
 
-@contextmanager
-def on_fake_models(mode: OnDevice) -> Iterator[None]:
-    """Models are built fake; what reads values of scores or compiles a mask has a stand-in."""
-    kinds = CausalWanModel, WanTransformer3DModel, UMT5EncoderModel, AutoencoderKLWan
-    replaced = [(kind, "__init__", _built_fake(kind.__init__, mode)) for kind in kinds]
-    replaced += [
-        (selection, "top_chunks", _last_chunks),
-        (attention, "create_block_mask", _block_mask(mode.counts)),
-        (attention, "_compiled_flex", _flex),
-        (PackCache, "commit", timed("cache")(PackCache.commit)),
-        (WanTransformer3DModel, "enable_group_offload", _offloaded(mode.counts)),
-    ]
-    with ExitStack() as stack:
-        stack.callback(attention.clip_mask.cache_clear)  # made of fake tensors
-        for owner, name, value in replaced:
-            stack.enter_context(mock.patch.object(owner, name, value))
-        yield
-
-
-def _built_fake(init: Callable, mode: OnDevice) -> Callable:
-    @wraps(init)
-    def build(*args, **kwargs):
-        with mode.building():
-            init(*args, **kwargs)
-
-    return build
-
-
-def _last_chunks(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Which chunks score best has no value here; the device's work is done."""
-    if scores.is_cuda:
-        scores.topk(top_k, dim=1).indices.sort(dim=1).values.cpu()
-    return torch.arange(scores.shape[1] - top_k, scores.shape[1]).expand(scores.shape[0], -1)
-
-
-def _block_mask(counts: Counts) -> Callable:
-    def create(sees, batch, heads, queries, keys, **_):
-        with unset_fake_temporarily():
-            at = torch.arange(0, queries, max(1, queries // 2048))
-            counts.density[queries, keys] = sees(None, None, at[:, None], at[None]).float().mean().item()
-        return attention.BlockMask.from_kv_blocks(torch.ones(1, 1, 1, dtype=torch.int32),
-                                                  torch.zeros(1, 1, 1, 1, dtype=torch.int32))  # fmt: skip
-
-    return create
-
-
-def _offloaded(counts: Counts) -> Callable:
-    """diffusers' group offload as far as it is counted: two blocks at a time are on the device, all are copied there
-    at every forward. Fake parameters cannot change their device."""
-
-    def offload(model: WanTransformer3DModel, onload_device: torch.device, **_) -> None:
-        blocks = [[p for p in block.parameters()] for block in model.blocks]
-        for p in sum(blocks[2:], []):
-            counts.discard(p)
-        size = sum(p.nbytes for p in sum(blocks, []))
-        model.register_forward_pre_hook(lambda *_: counts.communicated("host to device", size))
-
-    return offload
-
-
-def _flex() -> Callable:
-    """Flex attention's cost is a flash kernel's over what the mask leaves."""
-    return lambda q, k, v, block_mask: torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-# The parts
-
-
 def in_training(config: Config, counts: Counts, world: World, folder: Path) -> Trainer:
     """The stage placed and sharded, in mid-run: moments and EMA are there."""
     with part("weights"):
@@ -197,20 +129,41 @@ def train(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
         yield Phase.of(role, mode.counts)
 
 
-def sample(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
-    """The sample videos of training: rollout by the EMA's weights, then the VAE."""
-    trainer = in_training(config, mode.counts, world, folder)
-    stage = trainer.stage
-    phases = []
+def full_cache(layout: CacheLayout, longest: int) -> int:
+    """The chunk that is counted of a video of `longest` chunks: one that meets a full cache, or the last."""
+    return min(layout.sink + layout.recent + layout.top_k + STEADY, longest) - 1
 
-    def decode(folder, prompts, latents, vae, fps):
-        phases.append(Phase.of(f"{latents.shape[2]} latent frames", mode.counts))
+
+def sample(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterator[Phase]:
+    """The sample videos of training, by the EMA's weights: a chunk of all of them once the cache is full, and a latent
+    frame's pixels of one."""
+    if not (issubclass(METHODS[config.train.stage], GeneratorStage) and sample_prompts(config)):
+        raise ConfigError("part sample: counts videos of train.sample_prompts by a generator; this config makes none")
+    trainer = in_training(config, mode.counts, world, folder)
+    stage, lengths, phases = trainer.stage, trainer.stage.config.train, []
+    frames = config.video.frames_per_chunk
+    longest = math.ceil(max(lengths.sample_frames, lengths.sample_long_frames) / frames)
+    counted = full_cache(CacheLayout.of(config.cache, ChunkGeometry(frames, *stage.latent_shape[1:])), longest)
+    lengths.sample_frames, lengths.sample_long_frames = (counted + 1) * frames, 0
+
+    def denoise(rollout: Rollout, chunk: int, context: ChunkContext) -> torch.Tensor:
+        if chunk == counted:
+            return denoised(rollout, chunk, context)
+        mode.counts.new_phase()  # the commit that comes next is counted, as the last chunk has none
+        return rollout._draw(chunk, 0)
+
+    def write(folder, prompts, latents, vae, fps):
+        phases.append(Phase.of("chunk", mode.counts))
         with part("vae"):
-            StreamingDecoder(vae).decode(latents[:1])
-        phases.append(Phase.of("decoded", mode.counts))
+            for _ in StreamingDecoder(vae).by_frame(latents[:1, :, :2]):  # the first frame of a video is another case
+                phases[1:] = [Phase.of("latent frame decoded", mode.counts)]
         return {}
 
-    with mock.patch("pipeline.train.generator.write_samples", decode):
+    denoised = Rollout._sample
+    with (
+        mock.patch("pipeline.train.generator.write_samples", write),
+        mock.patch.object(Rollout, "_sample", denoise),
+    ):
         stage.sample(0, folder / "samples", trainer.ema())
     yield from phases
 
@@ -248,13 +201,12 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
     embeds = torch.zeros(1, model.config.text_len, model.config.text_dim, device=DEVICE, dtype=torch.bfloat16)
     prompts = Prompts(embeds, embeds if config.sampler.guidance != 1 else None)
     rollout = Rollout(model, cache, config.sampler, prompts, lambda *key: keyed_randn(key[-1], *key[:2])[None])
-    layout = cache.layout
-    chunks = layout.sink + layout.recent + layout.top_k + STEADY
+    longest = UNBOUNDED
     if config.cache.kind == CacheKind.full:
-        chunks = config.inference.num_output_frames // video.frames_per_chunk
+        longest = config.inference.num_output_frames // video.frames_per_chunk
     with torch.no_grad():
         latents = torch.zeros(1, model.config.in_channels, video.frames_per_chunk, *size, device=DEVICE)
-        for _ in range(chunks - 1):
+        for _ in range(full_cache(cache.layout, longest)):
             rollout.commit(latents)
         mode.counts.new_phase()
         ((_, latents),) = rollout.run(1)

@@ -9,12 +9,14 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from model.attention import matmul_attention
 from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
+from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.text import encode_text
 from pipeline.train import generator
 from pipeline.train.export import swapped_in
 from pipeline.train.flow import ARDiffusionStage, TeacherStage
 from utils.config import Config, ConfigError, LossWeighting, PhaseConfig
 from utils.distributed import World
+from utils.video import iterate_video
 
 CPU = torch.device("cpu")
 
@@ -164,6 +166,16 @@ def test_samples_are_written_with_sidecars_and_do_not_touch_the_weights(config, 
     ]  # fmt: skip
     assert 0 <= scores["background"] <= 1
     assert all(torch.equal(value, before[key]) for key, value in stage.transformer.state_dict().items())
+
+
+def test_samples_are_decoded_a_latent_frame_at_a_time(config, tmp_path, monkeypatch):
+    config.train.sample_prompts = ["a red circle bounces over a blue plain"]
+    decode, lengths = StreamingDecoder.decode, []
+    monkeypatch.setattr(StreamingDecoder, "decode", lambda *a: (lengths.append(a[1].shape[2]), decode(*a))[1])
+    stage = TeacherStage(config, CPU, World())
+    stage.sample(0, tmp_path, None)
+    frames = len(list(iterate_video(tmp_path / "000.mp4")))
+    assert set(lengths) == {1} and frames == 4 * len(lengths) - 3 > 1
 
 
 def test_videos_of_other_prompts_are_not_read(config, tmp_path, monkeypatch):

@@ -51,6 +51,14 @@ def test_depth_extends_along_a_line():
         assert ours[key] == pytest.approx(theirs[key], rel=0.005)
 
 
+@needs_compiler
+def test_of_training_samples_a_chunk_is_counted_and_a_frame_of_pixels():
+    command = ["scripts.estimate", "--config_path", "configs/tiny/dmd.yaml", "--part=sample"]
+    chunk, decoded = output(*command, "train.sample_long_frames=300")["phases"]
+    assert (chunk["phase"], decoded["phase"]) == ("chunk", "latent frame decoded")
+    assert chunk["moved"].keys() >= {"commit", "denoise", "cache"} and decoded["parts_gib"]["vae"] < 0.02  # of 1 frame
+
+
 def test_a_run_that_does_not_fit_is_refused(monkeypatch):
     device, gib = torch.device("cuda", 0), 2**30
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * gib))

@@ -5,6 +5,7 @@ forgets them at the end of the call. Here they live in the stream, so any number
 with one VAE, and what comes out does not depend on where the latents were cut.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,10 @@ class StreamingDecoder:
         if vae.config.patch_size is not None:
             video = unpatchify(video, patch_size=vae.config.patch_size)  # [B, 3, 4F, 8H, 8W]
         return video.clamp(-1.0, 1.0)
+
+    def by_frame(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """`decode` of one latent frame [B, C, 1, H, W] after the other: pixels of all of a video may not fit a GPU."""
+        yield from map(self.decode, latents.split(1, dim=2))
 
     def _decode(self, place: tuple[int, int], latents: torch.Tensor) -> torch.Tensor:
         """One tile's next latents [B, C, F, h, w] -> [B, 3 * p * p, 4F, 8h / p, 8w / p]."""

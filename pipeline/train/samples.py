@@ -28,7 +28,8 @@ def write_samples(
         facts = None
     marks, rows = [], []
     for i, (prompt, clip) in enumerate(zip(prompts, latents, strict=True)):
-        frames = to_uint8(StreamingDecoder(vae).decode(clip[None])[0])  # [F, H, W, 3]
+        pieces = StreamingDecoder(vae).by_frame(clip[None])
+        frames = np.concatenate([to_uint8(piece[0]) for piece in pieces])  # [F, H, W, 3]
         path = folder / f"{i:03d}.mp4"
         write_video(path, frames, fps)
         write_json(path.with_suffix(".json"), {"prompt": prompt, "fps": fps})

@@ -1,0 +1,83 @@
+"""The project's models on a fake GPU: built fake, with stand-ins for what needs values or a compiler."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import UMT5EncoderModel
+
+from model import attention
+from model.cache import selection
+from model.cache.cache import PackCache
+from model.causal_wan import CausalWanModel
+from utils.fakecuda.count import Counts, OnDevice
+from utils.timing import timed
+
+
+@contextmanager
+def on_fake_models(mode: OnDevice) -> Iterator[None]:
+    """Models are built fake; what reads values of scores or compiles a mask has a stand-in."""
+    kinds = CausalWanModel, WanTransformer3DModel, UMT5EncoderModel, AutoencoderKLWan
+    replaced = [(kind, "__init__", _built_fake(kind.__init__, mode)) for kind in kinds]
+    replaced += [
+        (selection, "top_chunks", _last_chunks),
+        (attention, "create_block_mask", _block_mask(mode.counts)),
+        (attention, "_compiled_flex", _flex),
+        (PackCache, "commit", timed("cache")(PackCache.commit)),
+        (WanTransformer3DModel, "enable_group_offload", _offloaded(mode.counts)),
+    ]
+    with ExitStack() as stack:
+        stack.callback(attention.clip_mask.cache_clear)  # made of fake tensors
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def _built_fake(init: Callable, mode: OnDevice) -> Callable:
+    @wraps(init)
+    def build(*args, **kwargs):
+        with mode.building():
+            init(*args, **kwargs)
+
+    return build
+
+
+def _last_chunks(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Which chunks score best has no value here; the device's work is done."""
+    if scores.is_cuda:
+        scores.topk(top_k, dim=1).indices.sort(dim=1).values.cpu()
+    return torch.arange(scores.shape[1] - top_k, scores.shape[1]).expand(scores.shape[0], -1)
+
+
+def _block_mask(counts: Counts) -> Callable:
+    def create(sees, batch, heads, queries, keys, **_):
+        with unset_fake_temporarily():
+            at = torch.arange(0, queries, max(1, queries // 2048))
+            counts.density[queries, keys] = sees(None, None, at[:, None], at[None]).float().mean().item()
+        return attention.BlockMask.from_kv_blocks(torch.ones(1, 1, 1, dtype=torch.int32),
+                                                  torch.zeros(1, 1, 1, 1, dtype=torch.int32))  # fmt: skip
+
+    return create
+
+
+def _offloaded(counts: Counts) -> Callable:
+    """diffusers' group offload as far as it is counted: two blocks at a time are on the device, all are copied there
+    at every forward. Fake parameters cannot change their device."""
+
+    def offload(model: WanTransformer3DModel, onload_device: torch.device, **_) -> None:
+        blocks = [[p for p in block.parameters()] for block in model.blocks]
+        for p in sum(blocks[2:], []):
+            counts.discard(p)
+        size = sum(p.nbytes for p in sum(blocks, []))
+        model.register_forward_pre_hook(lambda *_: counts.communicated("host to device", size))
+
+    return offload
+
+
+def _flex() -> Callable:
+    """Flex attention's cost is a flash kernel's over what the mask leaves."""
+    return lambda q, k, v, block_mask: torch.nn.functional.scaled_dot_product_attention(q, k, v)
