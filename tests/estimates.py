@@ -21,7 +21,8 @@ def estimate(path: str) -> dict[str, float]:
     from scripts.estimate import GIB, measure, ranks_of
 
     config = load_config(path)
-    world = World(0, ranks_of(config), 8)
+    ranks = ranks_of(config)
+    world = World(0, ranks, min(8, ranks))
     found = {}
     for part in ("train", "infer") if config.train.stage is not None else ("infer",):
         if part == "infer" and config.train.stage not in (None, "dmd"):
