@@ -131,7 +131,10 @@ def sample_return(
 ) -> Story:
     """A story whose last shot brings a character back after `since` chunks of the two others, cut into `between` shots,
     as evenly as can be (None: two, or more so that none is longer than 16 chunks). The character's own two shots have
-    `shot_chunks` each; `opening` chunks of another one come before them, so that the sink does not hold it."""
+    `shot_chunks` each; `opening` chunks of another one come before them, so that the sink does not hold it.
+
+    Each of the three comes from a cast drawn anew, so two may share a colour or a ground, which `sample_story`'s never
+    do: all evaluations of returns are on these stories, so it stays."""
     rng = np.random.default_rng([seed, index, RETURN_STREAM])
     cast = [_draw_cast(rng, index)[place] for place in rng.permutation(len(SHAPES))]
     between = min(since, max(2, -(-since // 16))) if between is None else between
