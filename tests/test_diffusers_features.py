@@ -10,12 +10,14 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 from peft import LoraConfig
 from safetensors.torch import save_file
 from test_kv_cache import make, roll
-from toy import DIMS, randomize, toy_chunk, toy_prompt
+from toy import DIMS, randomize, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
 from model.attention import CausalWanAttnProcessor
 from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan
 from model.kv import TextKV
+from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from utils.config import SamplerConfig
 
 INPUTS = (toy_chunk(0, frames=6), torch.tensor([500.0]), toy_prompt())
 
@@ -215,6 +217,26 @@ def test_compiled_as_a_whole_without_a_break():
         before = counts["unique_graphs"]
         torch.testing.assert_close(run(9), expected, atol=1e-5, rtol=0)
     assert counts["unique_graphs"] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"kv": "forward"}, {"mid_dtype": "int8"}], ids=["forward", "int8"])
+def test_compiled_blocks_serve_every_layer_and_video(settings):
+    """Nothing is compiled anew once every part of the cache is filled: for a chunk, a second video, or more layers."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counts = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for layers in (2, 4):
+        model = toy_model(num_layers=layers)
+        model.compile_repeated_blocks(dynamic=True, backend="eager")  # as `inference.compile` does
+        cache = toy_cache(model, toy_config(**settings))
+        for video in range(2):
+            cache.reset()
+            noise, prompts = prompt_noise(0, [""], [video]), Prompts(toy_prompt(seed=video))
+            rollout = Rollout(model, cache, SamplerConfig(steps=[1000.0, 500.0]), prompts, noise)
+            graphs += [counts["unique_graphs"] for _ in rollout.run(5)]
+    assert 0 < graphs[2] == graphs[-1] < 20
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ class PackCache(CacheState):
         layout, config, tokens = self.layout, self.config, self.geometry.tokens
         slots = None if layout.sink == UNBOUNDED else layout.sink + layout.recent + 1
         sizes = slots, tokens, layout.top_k * self.mid_tokens
-        if config.sink_dtype is None and (config.mid_dtype is None or not layout.top_k):
+        if not self.packs:
             return [Workspace(*sizes) for _ in range(layers)]
         shared = Buffers()
         packed = {"buffers": shared, "sink": layout.sink, "precision": config.sink_dtype}

@@ -192,7 +192,7 @@ class ChunkContext:
     @property
     def stays(self) -> bool:
         """Whether what is placed stays so between forwards."""
-        return all(workspace.stays for workspace in self.cache.layers)
+        return not self.cache.packs
 
     def ready(self, layers: int, device: torch.device) -> ReadyHistory:
         """For the next forward; without gradient, where keys stay in place, what needs no queries is placed now."""

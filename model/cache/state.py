@@ -122,6 +122,11 @@ class CacheState:
         return self.layout.top_k > 0 and self.compressor.needs_pixels
 
     @property
+    def packs(self) -> bool:
+        """Whether sink or mid is kept in fewer bits than it is attended in."""
+        return self.config.sink_dtype is not None or (self.layout.top_k > 0 and self.config.mid_dtype is not None)
+
+    @property
     def mid_tokens(self) -> int:
         """N_c."""
         frames, height, width = self.mid_grid

@@ -66,12 +66,7 @@ class Workspace:
         tokens: n.
         mid_tokens: k * N_c at most.
         buffers: to be used in place of its own.
-
-    Attributes:
-        stays: whether what is in place stays so between forwards.
     """
-
-    stays = True
 
     def __init__(self, slots: int | None, tokens: int, mid_tokens: int, buffers: Buffers | None = None):
         self.slots, self.tokens, self.mid_tokens = slots, tokens, mid_tokens
@@ -205,8 +200,6 @@ class PackedWorkspace(Workspace):
         sink: chunks of the sink part.
         precision: of the sink part, a name of `PRECISIONS`; None: that of the model. The mid part comes as it is kept.
     """
-
-    stays = False
 
     def __init__(self, *sizes, buffers: Buffers, sink: int, precision: str | None):
         super().__init__(*sizes, buffers)
