@@ -173,10 +173,11 @@ class CausalWanAttnProcessor:
         attention_mask: torch.Tensor | BlockMask | None = None,
         rotary_emb=None,
         memory=None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """hidden_states [B, L, dim], encoder_hidden_states [B, M, dim] or None -> [B, L, dim].
 
-        `rotary_emb`: a `Rotation`, or Wan's table (cos, sin). `memory`: `model.block.LayerMemory` of the layer.
+        `rotary_emb`: a `Rotation`, or Wan's table (cos, sin). `memory`: `model.block.LayerMemory` of the layer; None
+        where it wants K, V only.
         """
         if attn.is_cross_attention:
             (query,) = project(attn, hidden_states, "q")
@@ -191,6 +192,8 @@ class CausalWanAttnProcessor:
             if memory is not None and memory.context is not None:
                 memory.leave(attn, *unrotated)
                 key, value = memory.with_history(attn, unrotated[0], key, value)
+                if memory.only_kv:
+                    return None
         out = attend(query, key, value, self._attention_backend, attention_mask)  # [B, L, H, D]
         out = attn.to_out[0](out.flatten(2).type_as(hidden_states))  # [B, L, dim]
         return attn.to_out[1](out)

@@ -58,6 +58,7 @@ class LayerMemory:
         new_mid: the chunk's own compressed tokens, M = 1.
         remembers_text: whether the prompts' K, V are to be kept.
         leaves: whether the chunk's K, V are wanted.
+        only_kv: of the chunk nothing else is wanted, as in the last layer of a commit.
         is_small: the tokens are those of a compressed chunk, in place of the chunk.
         selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
         mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
@@ -74,6 +75,7 @@ class LayerMemory:
     new_mid: MidTokens | None = None
     remembers_text: bool = False
     leaves: bool = True
+    only_kv: bool = False
     is_small: bool = False
     selected: torch.Tensor | None = None
     mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -159,8 +161,9 @@ class CausalWanBlock(WanTransformerBlock):
         tokens evenly.
 
         `encoder_hidden_states` [B, text_len, dim], or of G equal parts of L [B, G, text_len, dim], may be None where
-        `memory` holds the prompts' K, V. Compressed chunks of `memory` that pass through the blocks are run too, and
-        left in it for the next block; without `hidden_states` the chunk's own alone.
+        `memory` holds the prompts' K, V. None comes out where `memory` wants nothing but the chunk's K, V. Compressed
+        chunks of `memory` that pass through the blocks are run too, and left in it for the next block; without
+        `hidden_states` the chunk's own alone.
         """
         arguments = encoder_hidden_states, temb, rotary_emb, mask, memory
         if memory is None:
@@ -192,10 +195,11 @@ class CausalWanBlock(WanTransformerBlock):
         key, value = (torch.stack(part, dim=1) for part in zip(*kv, strict=True))
         return tokens._replace(hidden=torch.stack(hidden, dim=1)), (key, value)
 
-    def _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb, mask, memory) -> torch.Tensor:
+    def _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb, mask, memory) -> torch.Tensor | None:
         temb = temb if temb.ndim == 4 else temb[:, None]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
         groups = temb.shape[1]
+        only_kv = memory is not None and memory.only_kv
         memory = {} if memory is None else {"memory": memory}  # unknown to processors of other models
 
         def scaled(base, x, factor):  # base + x * factor in float32, as Wan does, rounded once
@@ -217,7 +221,10 @@ class CausalWanBlock(WanTransformerBlock):
             return scaled(x, update, gate[:, :, None])
 
         x = modulate(self.norm1, hidden_states, scale, shift)  # [B, L, dim]
-        hidden_states = residual(hidden_states, self.attn1(x, None, mask, rotary_emb, **memory), gate)
+        update = self.attn1(x, None, mask, rotary_emb, **memory)
+        if only_kv:
+            return None
+        hidden_states = residual(hidden_states, update, gate)
 
         x = self.norm2(hidden_states)
         text, parts = encoder_hidden_states, x

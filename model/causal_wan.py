@@ -122,6 +122,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
         clean_hidden_states: torch.Tensor | None = None,
         clean_timestep: torch.Tensor | None = None,
         return_kv: bool = True,
+        return_sample: bool = True,
         compress: bool = True,
         kv: ChunkKV | None = None,
         train_compressor: bool = False,
@@ -143,6 +144,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
             return_dict: False returns the tuple (sample,) as Wan does; the chunk's K, V come with True alone.
             return_kv: with a context, also return the chunk's K, V; with `compress` its compressed ones too, where they
                 will be needed. None where a step cache of diffusers (FirstBlockCache, PAB, ...) left out a layer.
+            return_sample: whether the flow is wanted; without, and with a context, the last block makes K, V only.
             kv: of the chunk, from an earlier forward without `compress`: only compressed K, V of `hidden_states`, its
                 clean latents, are added. There is no `sample` then.
             train_compressor: with a context, recompute the selected mid chunks' K, V from their latents with gradient.
@@ -208,6 +210,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
                 memory.passed, memory.left = Passed(), None if kv is None else kv.layers[layer]
                 memory.passed.prepare(layer, mid_tokens, new_mid)
                 memory.room = None if context is None else history.rooms[layer]
+                memory.only_kv = not (return_sample or context is None) and layer == len(self.blocks) - 1
                 memory.text_pair = None if text_kv is None else text_kv.get(layer)
             arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -223,7 +226,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
                 memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
 
         sample = None
-        if kv is None:
+        if x is not None:
             sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
             sample = sample[:, :, -frames:]  # [B, C, F, H, W]
         if not return_dict:

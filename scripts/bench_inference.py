@@ -52,8 +52,9 @@ PARTS = ("denoise", "commit", "select_rotate", "compress")  # the last two are i
 
 
 @torch.no_grad()
-def floor_seconds(model: CausalWanModel, cache: PackCache, batch: int, forwards: int) -> float:
-    """Seconds of the matmuls and attention calls alone of one chunk, on random tensors of the same shapes."""
+def floor_seconds(model: CausalWanModel, cache: PackCache, batch: int, steps: int, commits: bool) -> float:
+    """Seconds of the matmuls and attention calls alone of one chunk, on random tensors of the same shapes: of `steps`
+    forwards, and of a commit, whose last block makes query, key and value only."""
     device, dtype = model.device, model.dtype
     heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
     tokens = cache.geometry.tokens
@@ -68,11 +69,15 @@ def floor_seconds(model: CausalWanModel, cache: PackCache, batch: int, forwards:
     text_keys, text_values = (tensor(batch, model.config.text_len, heads, dim) for _ in range(2))
     synchronise(device)
     start = time.perf_counter()
-    for _ in range(forwards):
+    for forward in range(steps + commits):
         for block in model.blocks:
             backend = block.attn1.processor._attention_backend
             attn1, attn2 = block.attn1, block.attn2
-            for linear in (attn1.to_q, attn1.to_k, attn1.to_v, attn1.to_out[0], attn2.to_q, attn2.to_out[0]):
+            for linear in (attn1.to_q, attn1.to_k, attn1.to_v):
+                F.linear(x, linear.weight, linear.bias)
+            if forward == steps and block is model.blocks[-1]:
+                continue
+            for linear in (attn1.to_out[0], attn2.to_q, attn2.to_out[0]):
                 F.linear(x, linear.weight, linear.bias)
             F.linear(x, block.ffn.net[0].proj.weight, block.ffn.net[0].proj.bias)
             F.linear(hidden, block.ffn.net[2].weight, block.ffn.net[2].bias)
@@ -182,7 +187,8 @@ def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False, 
             watch.clear()
             with watch.part("chunk"):
                 _, latents = next(generator)
-            floor = floor_seconds(model, cache, len(rollout.embeds), rollout.forwards_per_chunk)
+            steps = rollout.steps_per_chunk
+            floor = floor_seconds(model, cache, len(rollout.embeds), steps, rollout.forwards_per_chunk > steps)
             if number == 0:  # warm-up: allocations, compilation
                 continue
             seconds = watch.total("chunk")

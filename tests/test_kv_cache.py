@@ -8,6 +8,8 @@ import torch
 from oracle import OracleMemory, OracleWan
 from toy import LATENT, TRAINED_FRAMES, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 
+from model import attention
+from model.attention import attend
 from model.cache.archive import Archive, _say_once
 from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
@@ -97,7 +99,8 @@ def roll(model, cache, num_chunks, batch=1, steps=STEPS):
             flows.append(model(noisy, torch.full((batch,), step), prompt, context=context, return_kv=False).sample)
             selections.append([asked[layer].tolist() for layer in layers if layer in asked])  # compiled: none
         clean = torch.cat([toy_chunk(index, sample, 0, frames) for sample in range(batch)])
-        cache.commit(model(clean, torch.zeros(batch), prompt, context=context).kv, context)
+        out = model(clean, torch.zeros(batch), prompt, context=context, return_sample=False)  # as a rollout commits
+        cache.commit(out.kv, context)
     return flows, selections
 
 
@@ -133,6 +136,29 @@ def test_every_setting_attends_what_the_oracle_attends(name):
     for index, (flow, wanted) in enumerate(zip(flows, expected, strict=True)):
         error = (flow[0].double() - wanted).abs().max().item()
         assert error < TOLERANCE, f"chunk {index // len(STEPS)}, step {index % len(STEPS)}: {error}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["default", "per-forward-scopes-absolute", "forward", "identity", "full"])
+def test_keys_and_values_alone_are_the_same_for_less(name, monkeypatch):
+    model, cache, _ = make(SETTINGS[name])
+    attended = []
+    monkeypatch.setattr(attention, "attend", lambda *a: (attended.append(1), attend(*a))[1])
+    for index in range(6):
+        found, selections, calls = [], [], []
+        for return_sample in (True, False):
+            context, given = cache.context(), (toy_chunk(index), torch.zeros(1), toy_prompt())
+            attended.clear()
+            found.append(model(*given, context=context, return_sample=return_sample))
+            selections.append(context.selection)
+            calls.append(len(attended))
+        whole, alone = found
+        assert alone.sample is None and calls[0] - calls[1] == 2  # self- and cross-attention of the last block
+        for ours, theirs in zip(alone.kv.layers, whole.kv.layers, strict=True):
+            assert all((x is None and y is None) or torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+        assert all(torch.equal(selections[0][layer], ids) for layer, ids in selections[1].items())
+        assert selections[0].keys() == selections[1].keys()
+        cache.commit(alone.kv, context)
 
 
 @pytest.mark.parametrize("frames", [1, 4])

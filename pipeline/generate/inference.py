@@ -108,6 +108,7 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
         raise ConfigError(f"setting `inference.attention_backend`: {backend} cannot be used here ({error})") from error
     if config.inference.compile:
         log.info("the blocks are compiled in the first chunks, which take longer")
+        torch._dynamo.config.recompile_limit = 32  # the first chunks, steps and commits, of the last block or another
         model.compile_repeated_blocks(dynamic=True)  # the history grows over the first chunks
     return model
 

@@ -280,7 +280,7 @@ class Rollout:
         step_cache = self.model._cache_config  # FirstBlockCache, PAB, ... of diffusers: for the steps of one chunk
         if step_cache is not None:
             self.model.disable_cache()  # what is kept of a chunk is computed, not estimated
-        seen = {"clean_hidden_states": clean, "low_res": low_res}
+        seen = {"clean_hidden_states": clean, "low_res": low_res, "return_sample": False}
         kv = self._forward(noisy, 0.0 if timestep is None else timestep, context, kv=kv, **seen).kv
         if step_cache is not None:
             self.model.enable_cache(step_cache)

@@ -37,7 +37,9 @@ class FlopMeter:
             tokens *= 1 if given.get("clean_hidden_states") is None else 2
         text = model.config.get("text_len") or given["encoder_hidden_states"].shape[-2]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-        self.flops += batch * (3 if trains else 1) * sum(forward_flops(model.config, tokens, keys, text).values())
+        layers = model.config.num_layers - (not given.get("return_sample", True))  # a commit's last one does little
+        flops = sum(forward_flops(model.config | {"num_layers": layers}, tokens, keys, text).values())
+        self.flops += batch * (3 if trains else 1) * flops
         self.tokens += batch * tokens
 
     def step(self, seconds: float, ranks: int, steps_left: int) -> dict[str, float]:
