@@ -224,7 +224,7 @@ def test_latents_must_be_those_the_cache_is_for():
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {**ABSOLUTE, "recent": 2}], ids=str)
 def test_a_cached_step_compiles_whole_and_once(settings):
-    """No break; nothing new compiled after a's step that chooses, its others and its commit (last block apart)."""
+    """No break; nothing new compiled after a chunk's choosing step, its others, and its commit (last block apart)."""
     model, cache, _ = make(settings)
     expected, _ = roll(model, cache, 10, steps=(900.0, 400.0))
     graphs, text_kv = [], TextKV()

@@ -14,6 +14,7 @@ from pipeline import fit
 from tests.estimates import CONFIGS, STORED
 from utils.config import Config, ConfigError
 from utils.distributed import World
+from utils.fakecuda.count import _covered
 
 RECIPE = "configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml"
 FIRST = ["configs/causal_ode_chunkwise_64gpu.yaml", "configs/tiny/dmd.yaml"]
@@ -28,6 +29,14 @@ def output(*command: str) -> dict:
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_memory_moves_in_sectors():
+    pairs = torch.zeros(6, 16, 2, dtype=torch.bfloat16)
+    assert _covered(pairs) == _covered(pairs.transpose(0, 1)) == 6 * 16 * 2 * 2
+    assert _covered(pairs[..., 0]) == _covered(pairs)  # every second number
+    assert _covered(torch.zeros(4, 1, 64, dtype=torch.bfloat16)[..., ::64]) == 4 * 32
+    assert _covered(torch.zeros(5, 1).expand(5, 7)) == 5 * 4
 
 
 def test_every_shipped_config_is_written_down():

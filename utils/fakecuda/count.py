@@ -22,6 +22,7 @@ from utils.timing import Stopwatch
 
 aten = torch.ops.aten
 BLOCK = 512  # bytes that the caching allocator rounds up to
+SECTOR = 32  # bytes, the least that a GPU moves from or to its memory
 MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 FREE = {  # moves nothing
     aten.view, aten._unsafe_view, aten.transpose, aten.t, aten.expand, aten.slice, aten.select, aten.unsqueeze,
@@ -148,9 +149,12 @@ class Counts(Stopwatch):
 
 
 def _covered(tensor: torch.Tensor) -> int:
-    """Bytes of memory that a tensor covers, each once."""
-    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-    return prod(sizes) * tensor.element_size()
+    """Bytes of memory that a tensor covers, each once. A device moves whole sectors: every second number of a row takes
+    as much as the row."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    axes = [(size, stride) for size, stride in axes if stride and size != 1]
+    width, step = tensor.element_size(), min((stride for _, stride in axes), default=1)
+    return prod(size for size, _ in axes) * max(width, min(step * width, SECTOR))
 
 
 def _rounded(size: int) -> int:
