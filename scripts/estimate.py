@@ -4,6 +4,7 @@ fake CUDA device with fake tensors and a fake process group.
     python -m scripts.estimate --config_path configs/packforcing_dmd_chunkwise_hr_8gpu_sink3_recent2.yaml
     python -m scripts.estimate --config_path C --world 64 --local 8      # eight machines
     python -m scripts.estimate --config_path C --part infer --device 4090 cache.top_k=4
+    python -m scripts.estimate --all --markdown     # the table of docs/benchmarks.md, in half an hour
 
 Parts: `train` (an update of every role), `infer` (prompt, a chunk once the cache
 is full, its pixels), `sample` (the sample videos of training), `text` (UMT5-XXL), `load` (host memory of a machine
@@ -29,7 +30,7 @@ from utils.cli import answer_typos, run_command
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
 
-from utils.config import Config
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.fakecuda.device import ensure
 from utils.load_config import load_config
@@ -164,22 +165,42 @@ def print_table(found: dict, device: Device) -> None:
     print()
 
 
-def print_rows(found: dict, name: str, part: str) -> None:
-    """For docs/benchmarks.md."""
+def print_rows(found: dict, name: str, part: str, seen: set[str]) -> None:
+    """For docs/benchmarks.md; rows with numbers that are in `seen` are left out, the others added."""
     for row in found["phases"]:
         matmul, attention = (sum(row["flops"].get(kind, {}).values()) / 1e12 for kind in ("matmul", "attention"))
         moved = (sum(row["moved"].values()), sum(size for _, size in row["comm"].values()))
         counted = (f"{value:,.0f}" for value in (matmul, attention, *(size / 1e9 for size in moved)))
-        print(f"| {name} | {part}: {row['phase']} | {row['memory_gib']:.1f} | {' | '.join(counted)} "
-              f"| {row['seconds']:.2f} |")  # fmt: skip
+        numbers = f"{part}: {row['phase']} | {row['memory_gib']:.1f} | {' | '.join(counted)} | {row['seconds']:.2f} |"
+        if numbers not in seen:
+            print(f"| {name} | {numbers}", flush=True)
+            seen.add(numbers)
     if "seconds_per_step" in found:
-        print(f"| {name} | {part}: a step | | | | | | {found['seconds_per_step']:.1f} |")
+        print(f"| {name} | {part}: a step | | | | | | {found['seconds_per_step']:.1f} |", flush=True)
 
 
 def ranks_of(config: Config) -> int:
     """Those that `train.total_batch_size` asks for."""
     train = config.train
     return max(1, (train.total_batch_size or 1) // (train.batch_size * train.gradient_accumulation))
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Every shipped config of a real size, training and inference."""
+    from pipeline.bundle import transformer_settings
+
+    if not arguments.markdown or arguments.overrides:
+        raise ConfigError("--all: writes the table of the shipped configs; add --markdown, and no overrides")
+    print("| config x ranks | | GiB | TF matmul | TF attention | GB elementwise | GB gathered | s |")
+    print("|---" * 8 + "|", flush=True)
+    seen = set()
+    for path in sorted(Path(__file__).resolve().parents[1].glob("configs/*.yaml")):
+        config = load_config(path)
+        if path.stem.endswith("_base") or transformer_settings(config)["num_layers"] < EXTENDED:
+            continue
+        stage = config.train.stage
+        for part in (["train"] if stage else []) + (["infer"] if stage in (None, "dmd") else []):
+            run(argparse.Namespace(**{**vars(arguments), "config_path": str(path), "part": part, "seen": seen}))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -201,7 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
     phases = measure(config, part, world, arguments.exact)
     found = summary(config, part, phases, device, arguments.reserve)
     if arguments.markdown:
-        print_rows(found, f"{Path(arguments.config_path).stem} x {size}", part)
+        print_rows(found, f"{Path(arguments.config_path).stem} x {size}", part, arguments.seen)
         return
     print_table(found, device)
     print(json.dumps({"config": arguments.config_path, "overrides": arguments.overrides, "part": part,
@@ -210,7 +231,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_path", required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config_path")
+    which.add_argument("--all", action="store_true", help="every shipped config of a real size; with --markdown")
     parser.add_argument("--world", type=int, help="ranks; default those that train.total_batch_size asks for")
     parser.add_argument("--local", type=int, help="ranks a machine; default 8")
     parser.add_argument("--part", choices=["train", "infer", "sample", "text", "load"])
@@ -221,9 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="rows of a table in place of tables and JSON")
     parser.add_argument("--exact", action="store_true", help="all layers")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.set_defaults(seen=set())
     arguments = parser.parse_intermixed_args(argv)
     ensure("scripts.estimate", sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(arguments))
+    return run_command(lambda: run_all(arguments) if arguments.all else run(arguments))
 
 
 if __name__ == "__main__":
