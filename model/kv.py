@@ -125,7 +125,7 @@ class SmallFrame(NamedTuple):
 
     Attributes:
         context: of the chunk they stand for; they attend its history and themselves. Once it is committed, what is left
-            of it: `model.cache.context.Attended`.
+            of it: `model.cache.attended.Attended`.
         rotation: of the tokens.
         modulation: [B, 1, 6, dim] of the timestep that the chunk was committed at.
         text_kv: the prompts' K, V of that commit.

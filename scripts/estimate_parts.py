@@ -17,7 +17,8 @@ from model.causal_wan import CausalWanModel
 from model.geometry import ChunkGeometry
 from pipeline.bundle import read_json, transformer_settings, vae_shape_of
 from pipeline.data.prompts import sample_prompts
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_transformer, place
 from pipeline.text import encode_tokens

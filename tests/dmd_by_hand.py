@@ -3,7 +3,7 @@
 import torch
 from distill import CHANNELS, FRAMES, SIZE
 
-from pipeline.generate.rollout import Prompts
+from pipeline.generate.inputs import Prompts
 from utils.rng import keyed_generator
 
 SEED, SHIFT, STEPS = 5, 3.0, [1000, 750, 500, 250]

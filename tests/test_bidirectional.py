@@ -5,7 +5,7 @@ import torch
 
 from model.schedule import NUM_TIMESTEPS
 from pipeline.generate.bidirectional import sample_clip
-from pipeline.generate.rollout import Prompts
+from pipeline.generate.inputs import Prompts
 from utils.config import SamplerConfig
 
 

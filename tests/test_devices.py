@@ -12,7 +12,8 @@ from model import rope
 from model.cache import selection
 from model.cache.cache import PackCache
 from pipeline.generate.inference import resolve_runtime
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from utils.config import Config, ConfigError, InferenceConfig, SamplerConfig
 
 

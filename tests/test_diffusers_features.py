@@ -16,7 +16,8 @@ from model.attention import CausalWanAttnProcessor
 from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan
 from model.kv import TextKV
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.inputs import Prompts, prompt_noise
+from pipeline.generate.rollout import Rollout
 from utils.config import SamplerConfig
 
 INPUTS = (toy_chunk(0, frames=6), torch.tensor([500.0]), toy_prompt())

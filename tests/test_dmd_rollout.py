@@ -9,7 +9,8 @@ from toy import randn
 
 from model.cache.cache import PackCache
 from model.cache.context import ChunkContext
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from utils.config import ConfigError
 from utils.load_config import load_config
 from utils.rng import keyed_randn

@@ -13,8 +13,9 @@ from toy import toy_cache, toy_config, toy_model, toy_prompt
 from model.cache.selection import SELECTIONS, Candidates
 from model.compressor import COMPRESSORS
 from pipeline.generate.conditioning import CONDITIONS
+from pipeline.generate.inputs import Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.rollout import Rollout
 from pipeline.train.method import METHODS
 from utils.config import ConfigError, SamplerConfig
 from utils.metrics import METRICS, measure

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_chunk_context import assert_same_tokens
 from test_rollout import SHAPE, STEPS, assert_near, contexts, euler, few_step, generate, sigma_of  # noqa: F401
 from test_streaming_vae import small_vae
 from toy import randn, toy_cache, toy_config, toy_model, toy_prompt
 
 from model.cache.workspace import PackedWorkspace, Workspace
 from model.causal_wan import CausalWanModel
-from pipeline.generate.rollout import prompt_noise
+from pipeline.generate.inputs import prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
 from utils.config import CacheKind, Commit, ConfigError, Refresh, SizeUnit
 
@@ -139,7 +140,7 @@ def test_training_sees_the_context_of_inference(contexts, settings):  # noqa: F8
     assert len(contexts) == len(at_inference) == CHUNKS * 2 * 2
     for (*where, tokens), (*wanted, wanted_tokens) in zip(contexts, at_inference, strict=True):
         assert where == wanted
-        assert_near(tokens, wanted_tokens)
+        assert_same_tokens(tokens, wanted_tokens, rtol=0)
     video.square().sum().backward()
     compressor = model.pack_compressor
     assert compressor is None or compressor.net[0].weight.grad.abs().max() > 0

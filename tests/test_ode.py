@@ -10,7 +10,8 @@ from distill import CHANNELS, CHUNK, CPU, FRAMES, SIZE, gradients, make_stage, s
 
 from model.cache.cache import PackCache
 from pipeline.data.shards import shard_path
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.inputs import Prompts, prompt_noise
+from pipeline.generate.rollout import Rollout
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.roles import load_student, load_text
 from pipeline.train.trajectories import Trajectories, grid_points, sample_trajectories

@@ -27,8 +27,9 @@ from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
 from pipeline.generate.chunks import NotFiniteError
 from pipeline.generate.inference import Runtime, load_pipeline
+from pipeline.generate.inputs import Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from tests import tiny
 from utils.config import ConfigError

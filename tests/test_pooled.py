@@ -10,7 +10,8 @@ from toy import randn
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.load import load_transformer
 from utils.config import ConfigError

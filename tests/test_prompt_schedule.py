@@ -13,8 +13,9 @@ from model.cache.cache import PackCache
 from model.schedule import FlowMatchSchedule
 from pipeline.data.schedule import read_prompt, timeline
 from pipeline.generate import run
+from pipeline.generate.inputs import Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.vae_shape import VAEShape
 from tests import tiny

@@ -6,7 +6,8 @@ from test_chunk_context import assert_same_tokens, token_rows
 from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_prompt
 
 from model.cache.context import ChunkContext
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.inputs import Prompts, prompt_noise
+from pipeline.generate.rollout import Rollout
 from utils.config import Refresh, SamplerConfig
 
 SHAPE = (CHANNELS, 3, *LATENT)
@@ -275,9 +276,9 @@ def test_gradients_are_those_of_each_chunks_last_step():
     found = training_gradients(model, config=toy_config(compressor="identity"))
     model.zero_grad()
     embeds = torch.cat([toy_prompt(seed=ord(text)) for text in "ab"])
-    starts = {}
+    starts, noise = {}, prompt_noise(0, ["a", "b"], [0, 0])
     generate(few_step(), "ab", model=model, config=toy_config(compressor="identity"), grad_step=1,
-             observe=lambda chunk, step, latents: starts.__setitem__((chunk, step), latents))  # fmt: skip
+             on_step_end=lambda chunk, step, at, latents: starts.setdefault((chunk, step), latents))  # fmt: skip
     cache, total = toy_cache(model, toy_config(compressor="identity")), 0
     weights = randn(2, CHANNELS, 3 * CHUNKS, *LATENT, seed=9)
     first, second = (sigma_of(step / 1000, 5.0) for step in STEPS[:2])
@@ -288,8 +289,8 @@ def test_gradients_are_those_of_each_chunks_last_step():
             return model(latents, torch.full((2,), 1000 * sigma), embeds, context=context, return_kv=False).sample
 
         with torch.no_grad():
-            flow(first, starts[index, 0])  # fixes the selection
-        x0 = starts[index, 1] - second * flow(second, starts[index, 1])
+            flow(first, noise(index, 0, SHAPE))  # fixes the selection
+        x0 = starts[index, 0] - second * flow(second, starts[index, 0])
         total = total + (x0 * weights[:, :, 3 * index : 3 * index + 3]).sum()
         with torch.no_grad():
             cache.commit(model(x0, torch.zeros(2), embeds, context=context).kv, context)

@@ -11,7 +11,8 @@ from toy import randn
 
 from model.cache.context import ChunkContext
 from pipeline.data.latents import TrainingClip
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.flow import ARDiffusionStage
 from pipeline.train.through_cache import loss_shares

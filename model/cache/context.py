@@ -4,15 +4,14 @@ Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
+from model.cache.attended import Attended, Frozen
 from model.cache.positions import Parts, Times
 from model.cache.precision import Kept
 from model.cache.selection import Candidates, affinity
 from model.cache.state import CacheState
-from model.cache.workspace import Held
 from model.geometry import ChunkGeometry
 from model.kv import Pair, ReadyHistory, Room, choices_of
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
@@ -20,56 +19,11 @@ from utils.choices import CompressedKV, MidSpan, Refresh
 from utils.timing import timed
 
 
-class _Frozen(NamedTuple):
-    """What a layer attended with gradient, in tensors that later commits leave alone."""
-
-    selected: torch.Tensor  # [B, k]
-    history: list[tuple[float, Held]]  # (start, K and V) of sink and recent chunks
-    mid: tuple[torch.Tensor, torch.Tensor] | None  # K, rotated, and V [B, k * N_c, heads, D]; None: computed anew
-
-    def with_own(self, key: torch.Tensor, value: torch.Tensor, mid: Pair | None = None) -> Pair:
-        """K, V of all that was attended and, last, the chunk's own; `mid`: in place of what was kept."""
-        parts = [held.at(start) for start, held in self.history]
-        if self.selected.shape[1]:
-            parts.append(mid or self.mid)
-        keys, values = zip(*parts, (key, value), strict=True)
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
-
-
-class Attended(NamedTuple):
-    """What the compressed tokens of a committed chunk attended, by layer, to let them pass again with gradient.
-
-    The cache keeps it in the context's place: a context holds its cache, and in a circle both would outlive the rollout
-    until Python looks for circles, with all of their K and V.
-    """
-
-    layers: dict[int, _Frozen]
-    keeps_query: bool = False
-
-    def small_selection(self, layer: int) -> torch.Tensor:
-        """Ids [B, k] of the mid chunks attended."""
-        return self.layers[layer].selected
-
-    def extend_small(self, layer: int, selected: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
-        """As `ChunkContext.extend_small`."""
-        return self.layers[layer].with_own(key, value)
-
-
 class ChunkContext:
     """The fixed, read-only history of one chunk, resolved layer by layer at its first forward.
 
     A forward with gradient keeps hold of what it attended: activation checkpointing runs its blocks again in the
     backward pass, which may come after this and later chunks are committed.
-
-    Attributes:
-        archived: chunks to select from.
-        times: where sink, mid and the chunk itself are.
-        will_be_compressed: whether the chunk's compressed K, V are wanted at its commit.
-        keeps_query: whether its queries are.
-        selection: ids chosen so far, by layer; `selected_at`: for which chunk.
-        forwards: whether compressed chunks pass through the blocks.
-        may_train: whether a later forward may have a gradient.
-        keeps_history: of a compressed chunk that passes, what it attended, to let it pass again with gradient.
     """
 
     def __init__(self, cache: CacheState):
@@ -77,24 +31,25 @@ class ChunkContext:
         self.chunk = cache.num_chunks
         layout, config = cache.layout, cache.config
         self.sink, self.recent = layout.held(self.chunk)
-        self.archived = cache.archived
+        self.archived = cache.archived  # chunks to select from
         self.num_selected = min(len(self.archived), layout.top_k)
-        self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink
+        self.will_be_compressed = layout.top_k > 0 and self.chunk >= layout.sink  # its compressed K, V are wanted
         self.uses_compressor = layout.top_k > 0 and cache.compressor.makes_tokens()
         self.trains_compressor = layout.top_k > 0 and cache.compressor.trainable
-        self.forwards = config.compressor.kv == CompressedKV.forward
-        self.keeps_history, self.may_train = False, True
-        self.keeps_query = cache.scores_recent
+        self.forwards = config.compressor.kv == CompressedKV.forward  # compressed chunks pass through the blocks
+        self.keeps_history = False  # what such a one attended, to let it pass again with gradient
+        self.may_train = True  # a later forward may have a gradient
+        self.keeps_query = cache.scores_recent  # at the chunk's commit
         frames = cache.geometry.frames
         compressed = config.temporal == "packed" and config.mid_span == MidSpan.compressed
         span = float(cache.mid_grid[0] if compressed else frames)
         counts = len(self.sink), len(self.recent), self.num_selected
         self.times = cache.positions(Parts(self.chunk, frames, *counts, span, cache.fit_room))
-        self.selection: dict[int, torch.Tensor] = {}
-        self._frozen: dict[tuple[int, bool], _Frozen] = {}  # by layer, and whether a compressed chunk attended
+        self.selection: dict[int, torch.Tensor] = {}  # ids chosen so far, by layer
+        self._frozen: dict[tuple[int, bool], Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None
         self._own = self._choices = None  # see `Room`
-        self.selected_at = self.chunk
+        self.selected_at = self.chunk  # the chunk that these were chosen for
         made_for, previous = cache._last_selection
         lasts = config.refresh == Refresh.per_chunk and self.chunk < made_for + config.refresh_interval
         if lasts and cache.selection.by_query and previous and all(
@@ -293,7 +248,7 @@ class ChunkContext:
                 workspace, slot = cache.layers[layer], cache.layout.slot
                 history = [(start, workspace.hold(chunk, slot(chunk))) for chunk, start in self.history_starts()]
             archived = self._rotated_mid(layer, selected) if selected.shape[1] and mid is None else None
-            self._frozen[layer, is_small] = _Frozen(selected, history, archived)
+            self._frozen[layer, is_small] = Frozen(selected, history, archived)
         if mid is not None:
             mid = self._mid_rotation(selected, device)(mid[0]), mid[1]
         return self._frozen[layer, is_small].with_own(key, value, mid)

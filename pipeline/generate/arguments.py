@@ -10,7 +10,8 @@ import torch
 
 from pipeline.data.schedule import prompts_of
 from pipeline.generate.chunks import OUTPUT_TYPES
-from pipeline.generate.rollout import Prompts, Rollout, StepCallback
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout, StepCallback
 from utils.config import ConfigError, SamplerConfig, VideoConfig
 
 log = logging.getLogger(__name__)

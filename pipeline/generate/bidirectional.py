@@ -4,8 +4,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from model.schedule import FlowMatchSchedule
-from pipeline.generate.rollout import Prompts
-from pipeline.generate.sampler import Watch, euler, guided
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.sampler import euler, guided
 from utils.config import SamplerConfig
 
 
@@ -25,4 +25,4 @@ def sample_clip(
         flow = model(repeated, at, embeds.to(model.dtype), return_dict=False)[0].float()
         return flow if branches == 1 else guided(*flow.chunk(2), sampler.guidance)
 
-    return euler(flow, lambda step: noise, sampler, FlowMatchSchedule(sampler.shift), Watch())
+    return euler(flow, lambda step: noise, sampler, FlowMatchSchedule(sampler.shift))

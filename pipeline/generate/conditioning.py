@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.schedule import prompts_of, text_at, timeline
-from pipeline.generate.rollout import NoiseSource, Prompts, prompt_noise
+from pipeline.generate.inputs import NoiseSource, Prompts, prompt_noise
 from pipeline.vae_shape import VAEShape
 from utils.config import ConfigError, SamplerConfig
 from utils.registry import Registry

@@ -28,7 +28,7 @@ from pipeline.data.schedule import texts
 from pipeline.generate.chunks import NotFiniteError
 from pipeline.generate.jobs import Job
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import check_commit
+from pipeline.generate.sampler import check_commit
 from pipeline.load import load_scheduler, load_text_encoder, load_transformer, load_vae, place
 from pipeline.sources import bundle_part, loras, transformer_source
 from pipeline.vae_shape import VAEShape

@@ -32,7 +32,8 @@ from pipeline.data.vae_clip import normalise
 from pipeline.generate.arguments import CALLBACK_INPUTS, check_arguments, sampler_of, step_callback
 from pipeline.generate.chunks import Chunk, decoded, joined
 from pipeline.generate.conditioning import Conditioning, Encoders
-from pipeline.generate.rollout import NoiseSource, Rollout
+from pipeline.generate.inputs import NoiseSource
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import UNTRAINED_CACHE, flow_shift, read_parts
 from pipeline.lora import read_lora

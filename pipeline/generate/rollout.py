@@ -10,7 +10,7 @@ yielded first and committed when there is a next one.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,41 +20,15 @@ from model.cache.context import ChunkContext
 from model.causal_wan import CausalWanModel, CausalWanOutput
 from model.kv import ChunkKV, TextKV
 from model.schedule import FlowMatchSchedule
-from pipeline.generate.sampler import SAMPLERS, Watch, guided
+from pipeline.generate.inputs import NoiseSource, Prompts
+from pipeline.generate.sampler import SAMPLERS, check_commit, guided
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
-from utils.choices import AtSwitch, Commit, CompressedKV, Refresh
-from utils.config import CacheConfig, ConfigError, SamplerConfig
-from utils.rng import keyed_randn
+from utils.choices import AtSwitch, Commit
+from utils.config import ConfigError, SamplerConfig
 from utils.timing import part
 
-# (chunk index, step, shape [C, F, H, W]) -> standard normal noise [B, C, F, H, W]
-NoiseSource = Callable[[int, int, tuple[int, ...]], torch.Tensor]
-# (chunk index, step, latents [B, C, F, H, W] that the step starts from)
-StepObserver = Callable[[int, int, torch.Tensor], None]
 # (chunk index, step, timestep, latents that the step has led to) -> latents to go on with
 StepCallback = Callable[[int, int, float, torch.Tensor], torch.Tensor]
-
-
-def prompt_noise(seed: int, prompts: list[str], samples: list[int]) -> NoiseSource:
-    """Noise of a batch of videos that depends only on (seed, prompt text, sample number, chunk index, step)."""
-
-    def draw(chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-        keys = zip(prompts, samples, strict=True)
-        return torch.stack([keyed_randn(shape, seed, prompt, sample, chunk, step) for prompt, sample in keys])
-
-    return draw
-
-
-def check_commit(sampler: SamplerConfig, cache: CacheConfig) -> None:
-    """Raise `ConfigError` where the last step's K, V cannot take the place of a commit's."""
-    if sampler.commit == Commit.forward:
-        return
-    if sampler.context_timestep > 0:
-        raise ConfigError(f"setting `sampler.context_timestep` is {sampler.context_timestep:g}: must be 0 with "
-                          "sampler.commit=last_step, which commits nothing at a timestep of its own")  # fmt: skip
-    if cache.compressor.kv == CompressedKV.forward and cache.refresh == Refresh.per_forward:
-        raise ConfigError("setting `sampler.commit` is last_step: what a compressed chunk attends is then not selected "
-                          "anew; set cache.refresh=per_chunk or cache.compressor.kv=project")  # fmt: skip
 
 
 class _Committed(NamedTuple):
@@ -73,29 +47,6 @@ class _Pending(NamedTuple):
     kv: ChunkKV | None
 
 
-@dataclass
-class Prompts:
-    """Conditioning of a batch of videos.
-
-    Args:
-        embeds: [B, n, text_dim].
-        negative: [B or 1, n, text_dim], needed where the sampler guides.
-    """
-
-    embeds: torch.Tensor
-    negative: torch.Tensor | None = None
-
-    def branches(self, guidance: float) -> torch.Tensor:
-        """[B, n, text_dim], or [2B, n, text_dim] with the negative branch last. ValueError where that is missing."""
-        if guidance == 1:
-            return self.embeds
-        if self.negative is None:
-            raise ValueError(f"sampler.guidance is {guidance}: needs embeddings of sampler.negative_prompt")
-        length = max(self.embeds.shape[1], self.negative.shape[1])
-        both = (self.embeds, self.negative.expand(len(self.embeds), -1, -1))
-        return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in both])
-
-
 class Rollout:
     """Generation of one batch of videos, chunk by chunk.
 
@@ -108,15 +59,9 @@ class Rollout:
         grad_step: training (self-rollout): stop every chunk at this step index and run that step with gradient; the
             compressor is then trained through the mid tokens. None: no gradient, all steps.
         grad_from: with `grad_step`, chunks before this one stop at the same step but have no gradient.
-        observe: called before every denoising step.
-        on_step_end: called after every denoising step; what it returns takes the place of the latents.
+        on_step_end: called after every denoising step.
         device: where the model runs; None: where its weights are.
         decoder: of a video that starts where the cache does; needed where the compressor looks at pixels.
-
-    Attributes:
-        pixels: of the last chunk [B, 3, 4F, 8H, 8W], in -1..1, where there is a decoder and it is to be committed.
-        mid_tokens_attended: largest number of mid tokens (per layer and sample) any chunk attended so far.
-        timestep: of the last forward.
     """
 
     def __init__(
@@ -128,29 +73,30 @@ class Rollout:
         noise: NoiseSource,
         grad_step: int | None = None,
         grad_from: int = 0,
-        observe: StepObserver | None = None,
         on_step_end: StepCallback | None = None,
         device: torch.device | None = None,
         decoder: StreamingDecoder | None = None,
     ):
         self.model, self.cache, self.sampler, self.noise = model, cache, sampler, noise
         self.grad_step, self.grad_from = grad_step, grad_from
-        self.observe, self.on_step_end = observe, on_step_end
+        self.on_step_end = on_step_end
         if grad_step is not None and (sampler.kind != "few_step" or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
         check_commit(sampler, cache.config)
         if cache.needs_pixels and decoder is None:
             kind = cache.config.compressor.kind
             raise ConfigError(f"setting `cache.compressor.kind` is {kind}: it looks at pixels; give the VAE's decoder")
-        self.decoder, self.pixels = decoder, None
+        self.decoder = decoder
+        self.pixels = None  # of the last chunk [B, 3, 4F, 8H, 8W], in -1..1, where a decoder has seen it
         self.schedule = FlowMatchSchedule(sampler.shift)
         self.device, self._dtype = device or model.device, model.dtype  # looked for in all modules, so once
         self._pending: _Pending | None = None
         self.prompts = prompts
-        self.mid_tokens_attended = self.offset = 0  # chunks made before the cache was last emptied
+        self.mid_tokens_attended = 0  # most (per layer and sample) that any chunk attended so far
+        self.offset = 0  # chunks made before the cache was last emptied
         self._last: deque[_Committed] = deque(maxlen=cache.layout.recent)
         self._left: ChunkKV | None = None  # by the last denoising step, where that is what will be committed
-        self.timestep: float | torch.Tensor | None = None
+        self.timestep: float | torch.Tensor | None = None  # of the last forward
 
     @property
     def prompts(self) -> Prompts:
@@ -236,14 +182,10 @@ class Rollout:
             self._left = out.kv
             return self._guided(out.sample)
 
-        return SAMPLERS[self.sampler.kind](
-            flow,
-            lambda step: self._draw(index, step),
-            self.sampler,
-            self.schedule,
-            _Watch(self, index),
-            **options,
-        )
+        if self.on_step_end is not None:
+            options["after"] = partial(self.on_step_end, index)
+        draw = partial(self._draw, index)
+        return SAMPLERS[self.sampler.kind](flow, draw, self.sampler, self.schedule, **options)
 
     def commit(
         self, latents: torch.Tensor, context: ChunkContext | None = None, timestep: torch.Tensor | None = None
@@ -340,18 +282,3 @@ class Rollout:
                 train_compressor=train,
                 **options,
             )
-
-
-class _Watch(Watch):
-    """Passes the steps of one chunk on to the rollout's callbacks."""
-
-    def __init__(self, rollout: Rollout, chunk: int):
-        self.rollout, self.chunk = rollout, chunk
-
-    def before_step(self, step: int, latents: torch.Tensor) -> None:
-        if self.rollout.observe is not None:
-            self.rollout.observe(self.chunk, step, latents)
-
-    def after_step(self, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-        callback = self.rollout.on_step_end
-        return latents if callback is None else callback(self.chunk, step, timestep, latents)

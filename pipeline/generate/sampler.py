@@ -10,25 +10,32 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from model.schedule import FlowMatchSchedule
-from utils.config import SamplerConfig
+from utils.choices import Commit, CompressedKV, Refresh
+from utils.config import CacheConfig, ConfigError, SamplerConfig
 from utils.registry import Registry
 
 Flow = Callable[[torch.Tensor, float, bool], torch.Tensor]  # (latents, timestep, with gradient) -> guided flow
 Draw = Callable[[int], torch.Tensor]  # step -> fresh noise
 
 
-class Watch:
-    """Looks on while a chunk is denoised; this one does nothing."""
-
-    def before_step(self, step: int, latents: torch.Tensor) -> None:
-        """`latents`: what a step starts from."""
-
-    def after_step(self, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-        """`latents`: what a step has led to; what is returned takes their place."""
-        return latents
-
-
+AfterStep = Callable[[int, float, torch.Tensor], torch.Tensor]  # (step, timestep, latents) -> latents to go on with
 SAMPLERS: Registry[Callable[..., torch.Tensor]] = Registry("sampler.kind")
+
+
+def check_commit(sampler: SamplerConfig, cache: CacheConfig) -> None:
+    """Raise `ConfigError` where the last step's K, V cannot take the place of a commit's."""
+    if sampler.commit == Commit.forward:
+        return
+    if sampler.context_timestep > 0:
+        raise ConfigError(f"setting `sampler.context_timestep` is {sampler.context_timestep:g}: must be 0 with "
+                          "sampler.commit=last_step, which commits nothing at a timestep of its own")  # fmt: skip
+    if cache.compressor.kv == CompressedKV.forward and cache.refresh == Refresh.per_forward:
+        raise ConfigError("setting `sampler.commit` is last_step: what a compressed chunk attends is then not selected "
+                          "anew; set cache.refresh=per_chunk or cache.compressor.kv=project")  # fmt: skip
+
+
+def unchanged(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+    return latents
 
 
 def guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
@@ -48,7 +55,7 @@ def few_step(
     draw: Draw,
     sampler: SamplerConfig,
     schedule: FlowMatchSchedule,
-    watch: Watch,
+    after: AfterStep = unchanged,
     stop: int | None = None,
     train: bool = False,
 ) -> torch.Tensor:
@@ -59,22 +66,22 @@ def few_step(
     latents = draw(0)
     for step, timestep in enumerate(steps[: last + 1]):
         at = torch.full((len(latents),), timestep, device=latents.device)
-        watch.before_step(step, latents)
         x0 = schedule.flow_to_x0(flow(latents, timestep, train and step == last), latents, at)
         if step == last:
-            return watch.after_step(step, timestep, x0)
+            return after(step, timestep, x0)
         following = torch.full_like(at, steps[step + 1])
-        latents = watch.after_step(step, timestep, schedule.add_noise(x0, draw(step + 1), following))
+        latents = after(step, timestep, schedule.add_noise(x0, draw(step + 1), following))
 
 
 @SAMPLERS.register("euler")
-def euler(flow: Flow, draw: Draw, sampler: SamplerConfig, schedule: FlowMatchSchedule, watch: Watch) -> torch.Tensor:
+def euler(
+    flow: Flow, draw: Draw, sampler: SamplerConfig, schedule: FlowMatchSchedule, after: AfterStep = unchanged
+) -> torch.Tensor:
     """Euler steps of the flow ODE from sigma 1 to 0."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=schedule.shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, sampler.num_steps + 1)[:-1].tolist())
     latents = draw(0)
     for step, timestep in enumerate(scheduler.timesteps):
-        watch.before_step(step, latents)
         latents = scheduler.step(flow(latents, timestep.item(), False), timestep, latents, return_dict=False)[0]
-        latents = watch.after_step(step, timestep.item(), latents)
+        latents = after(step, timestep.item(), latents)
     return latents

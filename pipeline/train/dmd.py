@@ -24,7 +24,8 @@ from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
 from pipeline.data.vae_clip import normalise
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.sources import need_folder, vae_folder
 from pipeline.train.generator import GeneratorStage

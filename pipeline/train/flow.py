@@ -18,7 +18,7 @@ from pipeline.bundle import transformer_settings, vae_shape_of
 from pipeline.data.latents import LatentData
 from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import check_cache
-from pipeline.generate.rollout import Prompts
+from pipeline.generate.inputs import Prompts
 from pipeline.load import random_model
 from pipeline.sources import vae_folder
 from pipeline.train.generator import GeneratorStage

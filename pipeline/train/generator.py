@@ -14,9 +14,10 @@ from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from pipeline.bundle import pipeline_settings, read_shape, transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
+from pipeline.generate.inputs import NoiseSource, Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
-from pipeline.generate.rollout import NoiseSource, Prompts, Rollout, check_commit, prompt_noise
-from pipeline.generate.sampler import SAMPLERS
+from pipeline.generate.rollout import Rollout
+from pipeline.generate.sampler import SAMPLERS, check_commit
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import random_model
 from pipeline.sources import need_folder, vae_folder

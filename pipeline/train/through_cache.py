@@ -11,7 +11,8 @@ import torch
 
 from model.cache.context import ChunkContext
 from model.schedule import NUM_TIMESTEPS
-from pipeline.generate.rollout import Prompts, Rollout
+from pipeline.generate.inputs import Prompts
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.sampler import few_step_timesteps
 
 

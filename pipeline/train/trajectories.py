@@ -17,7 +17,8 @@ from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.data.shards import Shards, ShardWriter
-from pipeline.generate.rollout import Prompts, Rollout, prompt_noise
+from pipeline.generate.inputs import Prompts, prompt_noise
+from pipeline.generate.rollout import Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.text import TextConditioning
@@ -87,12 +88,16 @@ def sample_trajectories(
     embeds = text.encode([*prompts, sampler.negative_prompt])  # [B + 1, text_len, text_dim]
     seen: dict[int, list[torch.Tensor]] = {point: [] for point in points}  # grid step -> its latents, chunk by chunk
 
-    def observe(chunk: int, step: int, latents: torch.Tensor) -> None:
-        if step in seen:
-            seen[step].append(latents.cpu())
-
     noise = prompt_noise(config.seed, prompts, samples)
-    rollout = Rollout(model, cache, sampler, Prompts(embeds[:-1], embeds[-1:]), noise, observe=observe)
+
+    def after(chunk: int, step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        if step == 0 and 0 in seen:
+            seen[0].append(noise(chunk, 0, latents.shape[1:]))
+        if step + 1 in seen:
+            seen[step + 1].append(latents.cpu())
+        return latents
+
+    rollout = Rollout(model, cache, sampler, Prompts(embeds[:-1], embeds[-1:]), noise, on_step_end=after)
     chunks = config.video.trained_frames // config.video.frames_per_chunk
     latents = torch.cat([chunk.cpu() for _, chunk in rollout.run(chunks, commit_last=False)], dim=2)  # [B, C, F, H, W]
     stored = torch.stack([torch.cat(seen[point], dim=2) for point in points], dim=1)  # [B, S, C, F, H, W]
