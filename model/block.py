@@ -49,40 +49,24 @@ class Passed:
 
 @dataclass(eq=False)
 class LayerMemory:
-    """What one layer reads beyond its own tokens, a chunk's history and the prompts' K, V, and what it leaves behind.
+    """What one layer reads beyond its own tokens, a chunk's history and the prompts' K, V, and what it leaves."""
 
-    Args:
-        layer: index of the block.
-        context: `ChunkContext` of the chunk; None for a whole clip.
-        mid_tokens: archived chunks whose K, V are made anew, with gradient; None: the archived K, V are taken.
-        new_mid: the chunk's own compressed tokens, M = 1.
-        remembers_text: whether the prompts' K, V are to be kept.
-        leaves: whether the chunk's K, V are wanted.
-        only_kv: of the chunk nothing else is wanted, as in the last layer of a commit.
-        is_small: the tokens are those of a compressed chunk, in place of the chunk.
-        selected: [B, k] ids of the mid chunks attended; filled by the forward where not given.
-        mid_kv: K, V [B, M, N_c, heads, D] of `mid_tokens` that passed through the block.
-        left: filled by the forward; stays None where a hook skips the layer's attention. Given where an earlier forward
-            left it and only its compressed K, V are wanted.
-        passed: for the next layer.
-        room: where keys and values go, where that is settled.
-        text_pair: the prompts' K, V; filled by the forward where not given.
-    """
-
-    layer: int
-    context: History | None = None
-    mid_tokens: MidTokens | None = None
-    new_mid: MidTokens | None = None
-    remembers_text: bool = False
-    leaves: bool = True
-    only_kv: bool = False
-    is_small: bool = False
-    selected: torch.Tensor | None = None
-    mid_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+    layer: int  # index of the block
+    context: History | None = None  # of the chunk; None for a whole clip
+    mid_tokens: MidTokens | None = None  # archived chunks whose K, V are made anew, with gradient; None: taken as kept
+    new_mid: MidTokens | None = None  # the chunk's own compressed tokens, M = 1
+    remembers_text: bool = False  # the prompts' K, V are to be kept
+    leaves: bool = True  # the chunk's K, V are wanted
+    only_kv: bool = False  # and nothing else of it, as in the last layer of a commit
+    is_small: bool = False  # the tokens are those of a compressed chunk, in place of the chunk
+    selected: torch.Tensor | None = None  # ids [B, k] of the mid chunks attended; the forward fills it
+    mid_kv: Pair | None = None  # [B, M, N_c, heads, D] of `mid_tokens` that passed through the block
+    # The forward fills it; stays None where a hook skips the layer's attention. Given where an earlier forward left it
+    # and only its compressed K, V are wanted.
     left: LayerKV | None = None
-    passed: Passed | None = None
-    room: Room | None = None
-    text_pair: Pair | None = None
+    passed: Passed | None = None  # for the next layer
+    room: Room | None = None  # where keys and values go, where that is settled
+    text_pair: Pair | None = None  # the prompts' K, V; the forward fills it
 
     def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""

@@ -24,10 +24,10 @@ from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, LayerMemory, Passed
-from model.compressor import COMPRESSORS, embedded_tokens
+from model.compressing import compress_archived, compress_own
 from model.fresh_compressor import FreshCompressor
 from model.geometry import ChunkGeometry
-from model.kv import ChunkKV, MidTokens, ReadyHistory, SmallFrame, TextKV
+from model.kv import ChunkKV, ReadyHistory, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
 
 
@@ -102,7 +102,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
         self.blocks = nn.ModuleList(
             CausalWanBlock(dim, ffn_dim, num_attention_heads, qk_norm, cross_attn_norm, eps) for _ in range(num_layers)
         )
-        self.pack_compressor = self._make_compressor()
+        self.pack_compressor = self._new_compressor()
 
     def geometry(self, latent_height: int, latent_width: int) -> ChunkGeometry:
         """Shape numbers of this model's chunks at a latent size."""
@@ -197,9 +197,9 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
                 context = self._read_context(context, x, geometry)
             history, context, mask = context, context.context, None
             rotation = history.rotation
-            mid_tokens = self._compress_archived(context) if train_compressor and context.trains_compressor else None
+            mid_tokens = compress_archived(self, context) if train_compressor and context.trains_compressor else None
             wanted = return_kv and compress and history.compresses
-            new_mid = self._compress_own(history, clean, low_res, modulation, text_kv) if wanted else None
+            new_mid = compress_own(self, history, clean, low_res, modulation, text_kv) if wanted else None
 
         x = x if kv is None else None
         layers = []
@@ -269,45 +269,6 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
         padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, ..., text_len, text_dim]
         return self.condition_embedder.text_embedder(padded)
 
-    @torch.compiler.disable
-    def _compress_archived(self, context) -> MidTokens | None:
-        """Hidden tokens, with gradient, of the archived chunks that this forward may attend."""
-        chunk_ids, seen = context.archived_latents()  # ids [M], latents [B, M, C, F, H, W] and perhaps low_res
-        if not chunk_ids:
-            return None
-        hidden = self._compress(context.cache, *(x.flatten(0, 1) for x in seen))  # [B * M, N_c, dim]
-        frames = None
-        if context.forwards:
-            kept = context.cache.frames
-            if not kept.keys() >= set(chunk_ids):
-                raise RuntimeError("train_compressor with cache.compressor.kv=forward: the chunks were committed in "
-                                   "eval mode, which keeps no history of theirs; call model.train() first")  # fmt: skip
-            frames = [kept[chunk] for chunk in chunk_ids]
-        return MidTokens(hidden.unflatten(0, seen[0].shape[:2]), chunk_ids, frames)
-
-    def _compress_own(self, history: ReadyHistory, clean, low_res, modulation, text_kv: TextKV | None) -> MidTokens:
-        """The chunk's own hidden tokens; see `forward` and `SmallFrame`."""
-        context, frames = history.context, None
-        if context.forwards:
-            context.keeps_history = self.training and context.trains_compressor and context.may_train
-            rotation, memo = context.small_rotation(clean.device), TextKV() if text_kv is None else text_kv
-            frames = [SmallFrame(context, rotation, modulation[:, :1].detach(), memo)]
-        return MidTokens(self._compress(history, clean, low_res)[:, None], [], frames)
-
-    def _compress(self, settings, latents: torch.Tensor, low_res: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden tokens [B, N_c, dim] of chunks [B, C, F, H, W] and, for the LR branch, [B, C, f, h, w]. `settings`:
-        whatever has the cache's `compressor` and `mid_grid`."""
-        kind, branches = settings.compressor, []
-        if kind.trainable:
-            branches.append(self.pack_compressor(latents))
-        if kind.needs_pixels:
-            if low_res is None:
-                raise ValueError("the compressor looks at pixels: give low_res")
-            branches.append(embedded_tokens(self.patch_embedding, low_res, settings.mid_grid))
-        if kind.pools_tokens:
-            branches.append(embedded_tokens(self.patch_embedding, latents, settings.mid_grid))
-        return sum(branches)
-
     def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:
         times = torch.arange(frames, dtype=precise(device), device=device)
         rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
@@ -324,11 +285,6 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
         _, patch_h, patch_w = geometry.patch_size
         h, w = geometry.grid
         return rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=frames, h=h, w=w, ph=patch_h, pw=patch_w)
-
-    def _make_compressor(self) -> nn.Module | None:
-        config = self.config
-        kind, dim = COMPRESSORS[config.compressor], config.num_attention_heads * config.attention_head_dim
-        return kind(config.in_channels, config.compressor_channels, dim) if kind.trainable else None
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":

@@ -16,16 +16,12 @@ from utils.registry import Registry
 
 
 class Compressor(nn.Module):
-    """A way to compress a chunk.
+    """A way to compress a chunk."""
 
-    Attributes:
-        trainable: has the HR branch, whose weights are the model's `pack_compressor`.
-        needs_pixels: has the LR branch.
-        pools_tokens: averages the chunk's own patch embedding.
-        halves_time: two latent frames become one compressed frame.
-    """
-
-    trainable = needs_pixels = pools_tokens = halves_time = False
+    trainable = False  # has the HR branch, whose weights are the model's `pack_compressor`
+    needs_pixels = False  # has the LR branch
+    pools_tokens = False  # averages the chunk's own patch embedding
+    halves_time = False  # two latent frames become one compressed frame
 
     @classmethod
     def makes_tokens(cls) -> bool:
@@ -63,12 +59,8 @@ class HRSpatial(Compressor):
     """Strided convolutions in space only; time is kept.
 
     One Conv3d k(1,3,3) s(1,2,2) with SiLU per entry of `channels`, a 1x1x1 projection to the model's width, and
-    average pooling to the grid. At Wan-1.3B's 480x832 with three stages 3 frames become 3*7*13 = 273 tokens.
-
-    Args:
-        in_channels: latent channels.
-        channels: output channels of the strided stages.
-        dim: width of the DiT.
+    average pooling to the grid. At Wan-1.3B's 480x832 with three stages 3 frames become 3*7*13 = 273 tokens. `channels`
+    are the widths of the strided stages, `dim` that of the DiT.
     """
 
     trainable = True

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from torch import nn
+
+from model.compressor import COMPRESSORS
 
 log = logging.getLogger(__name__)
 
@@ -13,7 +16,12 @@ COMPRESSOR_PREFIX = "pack_compressor."
 
 
 class FreshCompressor:
-    """The ways of diffusers' models to load, for one with a `pack_compressor` and `_make_compressor`."""
+    """The ways of diffusers' models to load, for one with a `pack_compressor`."""
+
+    def _new_compressor(self) -> nn.Module | None:
+        config = self.config
+        kind, dim = COMPRESSORS[config.compressor], config.num_attention_heads * config.attention_head_dim
+        return kind(config.in_channels, config.compressor_channels, dim) if kind.trainable else None
 
     def fresh_compressor(self, source: Any, seed: int = 0) -> dict[str, torch.Tensor]:
         """Newly initialised parameters of the compressor, by their names in the model; the same for the same seed.
@@ -24,7 +32,7 @@ class FreshCompressor:
             return {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fresh = self._make_compressor().state_dict(prefix=COMPRESSOR_PREFIX)
+            fresh = self._new_compressor().state_dict(prefix=COMPRESSOR_PREFIX)
         log.warning("%s has no compressor: pack_compressor is initialised at random (seed %d)", source, seed)
         return fresh
 

@@ -35,20 +35,14 @@ class History(Protocol):
 
 
 class Room(NamedTuple):
-    """Where one layer attends a chunk without gradient: all of its history that a compiled model reads.
+    """Where one layer attends a chunk without gradient: all of its history that a compiled model reads."""
 
-    Attributes:
-        keys, values: [B, history + n, heads, D] of the workspace, the mid part last; None for a video's first chunk,
-            which attends itself.
-        own: int64 [n], the places of the chunk's own tokens in them.
-        mid_tokens: of the mid part that is still to be placed; `choice`: what `chosen_mid` gives it for.
-    """
-
+    # [B, history + n, heads, D] of the workspace, the mid part last; None: a video's first chunk, which attends itself.
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    own: torch.Tensor | None = None
-    mid_tokens: int = 0
-    choice: torch.Tensor | None = None
+    own: torch.Tensor | None = None  # int64 [n], the places of the chunk's own tokens in them
+    mid_tokens: int = 0  # of the mid part that is still to be placed
+    choice: torch.Tensor | None = None  # what `chosen_mid` gives that for
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Pair:
         """Un-rotated query, rotated key and value of the chunk, [B, n, heads, D] each -> all K, V."""
@@ -90,20 +84,13 @@ def _(query, choice, mid_tokens):
 
 @dataclass(eq=False)
 class ReadyHistory:
-    """A chunk's history, settled as far as it can be before a forward (`ChunkContext.ready`).
-
-    Attributes:
-        rotation: of the chunk's tokens.
-        rooms: a layer each; None where keys have to be put together in the forward, which breaks a compiled graph.
-        compresses: whether the chunk's compressed K, V are wanted at its commit.
-        compressor, mid_grid: of the cache.
-    """
+    """A chunk's history, settled as far as it can be before a forward (`ChunkContext.ready`)."""
 
     context: History
-    rotation: Rotation
-    rooms: list[Room | None]
-    compresses: bool
-    compressor: type[Compressor]
+    rotation: Rotation  # of the chunk's tokens
+    rooms: list[Room | None]  # a layer each; None: keys are put together in the forward, which breaks a compiled graph
+    compresses: bool  # the chunk's compressed K, V are wanted at its commit
+    compressor: type[Compressor]  # of the cache
     mid_grid: tuple[int, int, int]
 
     def history_tokens(self) -> int:
@@ -121,42 +108,28 @@ class LayerKV(NamedTuple):
 
 
 class SmallFrame(NamedTuple):
-    """What the tokens of a compressed chunk need to pass through the blocks (`cache.compressor.kv=forward`).
+    """What the tokens of a compressed chunk need to pass through the blocks (`cache.compressor.kv=forward`)."""
 
-    Attributes:
-        context: of the chunk they stand for; they attend its history and themselves. Once it is committed, what is left
-            of it: `model.cache.attended.Attended`.
-        rotation: of the tokens.
-        modulation: [B, 1, 6, dim] of the timestep that the chunk was committed at.
-        text_kv: the prompts' K, V of that commit.
-    """
-
+    # Of the chunk they stand for, whose history they attend, and themselves; once committed `cache.attended.Attended`.
     context: History
-    rotation: Rotation
-    modulation: torch.Tensor
-    text_kv: TextKV
+    rotation: Rotation  # of the tokens
+    modulation: torch.Tensor  # [B, 1, 6, dim] of the timestep that the chunk was committed at
+    text_kv: TextKV  # of that commit
 
 
 @dataclass
 class ChunkKV:
-    """What `PackCache.commit` takes: one `LayerKV` a layer, the chunk's clean latents [B, C, F, H, W], and those of its
-    averaged pixels [B, C, f, h, w] where the compressor looks at them. `frame`: to compress it again, with gradient."""
+    """What `PackCache.commit` takes of a chunk."""
 
     layers: list[LayerKV]
-    latents: torch.Tensor
-    low_res: torch.Tensor | None = None
-    frame: SmallFrame | None = None
+    latents: torch.Tensor  # clean [B, C, F, H, W]
+    low_res: torch.Tensor | None = None  # [B, C, f, h, w] of averaged pixels, where the compressor looks at them
+    frame: SmallFrame | None = None  # to compress it again, with gradient
 
 
 class MidTokens(NamedTuple):
-    """Compressed chunks on their way to a layer's K, V.
+    """Compressed chunks on their way to a layer's K, V."""
 
-    Attributes:
-        hidden: [B, M, N_c, dim].
-        chunk_ids: [M].
-        frames: [M], where `hidden` passes through the blocks; None: every layer projects it as it is.
-    """
-
-    hidden: torch.Tensor
-    chunk_ids: list[int]
-    frames: list[SmallFrame] | None = None
+    hidden: torch.Tensor  # [B, M, N_c, dim]
+    chunk_ids: list[int]  # [M]
+    frames: list[SmallFrame] | None = None  # [M] where `hidden` passes through the blocks; None: projected as it is

@@ -25,8 +25,9 @@ from model.causal_wan import CausalWanModel
 from model.convert import diffusers_to_wan, wan_to_diffusers
 from model.schedule import FlowMatchSchedule
 from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
+from utils.choices import CacheKind, Refresh, SizeUnit
 from utils.cli import run_command
-from utils.config import CacheConfig, CacheKind, CompressorConfig, ConfigError, Refresh, SizeUnit
+from utils.config import CacheConfig, CompressorConfig, ConfigError
 
 GRADIENT_TOLERANCE = 1e-3  # relative to the recorded tensor's maximum
 DMD_SHIFT, DMD_STEPS, DMD_GUIDANCE = 5.0, [1000, 750, 500, 250], 3.0

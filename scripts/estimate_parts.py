@@ -27,7 +27,8 @@ from pipeline.train.parallel import shard_model, sharding_mesh
 from pipeline.train.stages import METHODS, build_stage
 from pipeline.train.trainer import Trainer
 from scripts.stand_ins import at_depth
-from utils.config import CacheKind, Config, ConfigError, Sharding, TextPlacement
+from utils.choices import CacheKind, Sharding, TextPlacement
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.fakecuda.count import Counts, OnDevice
 from utils.rng import keyed_randn

@@ -18,9 +18,10 @@ from pipeline.data.shards import ShardWriter
 from pipeline.data.text import EmbeddingWriter
 from pipeline.train.trajectories import TRAJECTORIES, student_steps
 from pipeline.train.vae import build_vae
-from utils.config import Config, StoryConfig
+from utils.config import Config
 from utils.distributed import World
 from utils.rng import keyed_randn
+from utils.train_config import StoryConfig
 
 WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 

@@ -9,7 +9,7 @@ from toy import DIMS, TEXT_DIM, randn, randomize, toy_cache, toy_chunk, toy_conf
 from model.attention import attend, clip_mask
 from model.causal_wan import CausalWanModel
 from model.kv import TextKV
-from utils.config import CacheKind
+from utils.choices import CacheKind
 
 TOLERANCE = 5e-5  # float32 network against a float64 one; flows are of order 1
 

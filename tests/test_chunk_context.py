@@ -11,7 +11,7 @@ from model.attention import clip_mask
 from model.cache.context import ChunkContext
 from model.kv import TextKV
 from model.rope import Rotation, chunk_rotation, shift_in_time
-from utils.config import CacheKind
+from utils.choices import CacheKind
 
 SETTINGS = {
     "default": {},

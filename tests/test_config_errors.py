@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from utils.cli import answer_typos, run_command
-from utils.config import Config, ConfigError, PhaseConfig
+from utils.config import Config, ConfigError
 from utils.foreign_keys import OURS
 from utils.interval import Interval
 from utils.load_config import known_settings, load_config, validate
+from utils.train_config import PhaseConfig
 
 ROOT = Path(__file__).parent.parent
 YAML = {

@@ -12,10 +12,12 @@ from pipeline.data.latents import LatentData
 from pipeline.data.shards import PLAN, Shards, ShardWriter
 from pipeline.data.vae_clip import encode_frames, normalise
 from pipeline.train.prompt_data import PromptData
-from utils.config import ConfigError, DataKind, PhaseConfig
+from utils.choices import DataKind
+from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.world import caption, sample_spec
+from utils.train_config import PhaseConfig
 
 CPU, SIZE = torch.device("cpu"), (32, 48)
 

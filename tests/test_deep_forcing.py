@@ -10,7 +10,7 @@ from toy import TRAINED_FRAMES, toy_cache, toy_chunk, toy_config, toy_model, toy
 
 from model.cache.cache import CACHES
 from model.geometry import ChunkGeometry
-from utils.config import CacheKind, SizeUnit
+from utils.choices import CacheKind, SizeUnit
 from utils.load_config import load_config
 
 LATENT = (4, 6)  # 6 tokens a frame

@@ -14,8 +14,10 @@ from pipeline.text import encode_text
 from pipeline.train import generator
 from pipeline.train.export import swapped_in
 from pipeline.train.flow import ARDiffusionStage, TeacherStage
-from utils.config import Config, ConfigError, LossWeighting, PhaseConfig
+from utils.choices import LossWeighting
+from utils.config import Config, ConfigError
 from utils.distributed import World
+from utils.train_config import PhaseConfig
 from utils.video import iterate_video
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from toy import randn, toy_config, toy_model
 
 from model.convert import diffusers_to_wan
 from scripts.check_golden import main
-from utils.config import CacheKind, Refresh
+from utils.choices import CacheKind, Refresh
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 INPUTS = ("clean_latents", "noisy_latents", "prompt_embeds", "teacher_forcing.timestep")

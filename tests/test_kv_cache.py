@@ -14,14 +14,8 @@ from model.cache.archive import Archive, _say_once
 from model.cache.cache import PackCache
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, LayerKV
-from utils.config import (
-    CacheConfig,
-    CacheKind,
-    ConfigError,
-    QueryScope,
-    Refresh,
-    SizeUnit,
-)
+from utils.choices import CacheKind, QueryScope, Refresh, SizeUnit
+from utils.config import CacheConfig, ConfigError
 
 TOLERANCE = 5e-5  # float32 network against a float64 one; flows are of order 1
 STEPS = (900.0, 400.0)

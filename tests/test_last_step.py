@@ -13,7 +13,8 @@ from model.cache.workspace import PackedWorkspace, Workspace
 from model.causal_wan import CausalWanModel
 from pipeline.generate.inputs import prompt_noise
 from pipeline.generate.vae_stream import StreamingDecoder, encode_small
-from utils.config import CacheKind, Commit, ConfigError, Refresh, SizeUnit
+from utils.choices import CacheKind, Commit, Refresh, SizeUnit
+from utils.config import ConfigError
 
 LAST = {"commit": Commit.last_step}
 DEEP = {"kind": CacheKind.deep_forcing, "unit": SizeUnit.frames, "sink": 3, "recent": 4, "window": 12, "budget": 9}

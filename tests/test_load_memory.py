@@ -11,7 +11,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from model.weights import CheckpointError
 from pipeline.load import load_mapped
 from pipeline.train.roles import prepare
-from utils.config import Config, Sharding
+from utils.choices import Sharding
+from utils.config import Config
 
 WAN = {"num_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4,
        "text_dim": 16, "freq_dim": 16, "ffn_dim": 2048}  # fmt: skip

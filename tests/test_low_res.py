@@ -14,7 +14,8 @@ from pipeline.data.vae_clip import encode_moments
 from pipeline.generate.inputs import Prompts
 from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder, denormalise, encode_small
-from utils.config import AtSwitch, ConfigError, SamplerConfig
+from utils.choices import AtSwitch
+from utils.config import ConfigError, SamplerConfig
 
 KINDS = [kind for kind in COMPRESSORS if COMPRESSORS[kind].needs_pixels]
 CHUNKS = 3

@@ -8,6 +8,7 @@ from distill import CHANNELS, CHUNK, SIZE, gradients, make_stage, run_stage, set
 from test_through_cache import INDICES, WORDS, Story
 from toy import randn
 
+from model import compressing
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from pipeline.generate.inputs import Prompts
@@ -32,8 +33,8 @@ def test_what_the_blocks_are_given(root, monkeypatch):
     config = load_config(root / "dmd.yaml", ["cache.compressor.kind=pooled", "cache.compressor.channels=[4,8]"])
     model = load_transformer(config).eval()
     assert model.pack_compressor is None
-    seen, compress = [], CausalWanModel._compress
-    monkeypatch.setattr(CausalWanModel, "_compress", lambda self, *args: seen.append(compress(self, *args)) or seen[-1])
+    seen, compress = [], compressing.compress
+    monkeypatch.setattr(compressing, "compress", lambda *args: seen.append(compress(*args)) or seen[-1])
     cache = PackCache.for_model(model, config.cache, *SIZE, config.video.trained_frames)
     prompts = Prompts(randn(2, 4, 16, seed=3))
     rollout = Rollout(model, cache, config.sampler, prompts, lambda chunk, step, shape: randn(2, *shape, seed=step))

@@ -8,7 +8,8 @@ from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_p
 from model.cache.context import ChunkContext
 from pipeline.generate.inputs import Prompts, prompt_noise
 from pipeline.generate.rollout import Rollout
-from utils.config import Refresh, SamplerConfig
+from utils.choices import Refresh
+from utils.config import SamplerConfig
 
 SHAPE = (CHANNELS, 3, *LATENT)
 CHUNKS = 6

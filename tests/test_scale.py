@@ -29,7 +29,8 @@ from pipeline.train.plan import StepPlan
 from scripts import export_checkpoint
 from tests import scale_runs
 from tests.scale_runs import arguments, batch_of, finish, stage_overrides, start
-from utils.config import Config, ConfigError, Sharding
+from utils.choices import Sharding
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 

@@ -8,10 +8,11 @@ from tiny import vae as tiny_vae
 
 from pipeline.data.latents import LatentData
 from pipeline.data.vae_clip import encode_frames
-from utils.config import ConfigError, StoryConfig
+from utils.config import ConfigError
 from utils.distributed import World
 from utils.load_config import load_config
 from utils.sprites.story import render_stills, render_story, sample_story
+from utils.train_config import StoryConfig
 
 
 @pytest.fixture(scope="module")

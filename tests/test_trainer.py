@@ -23,9 +23,11 @@ from pipeline.train.plan import StepPlan
 from pipeline.train.state import learning_rate
 from pipeline.train.trainer import Trainer, TrainingDivergedError
 from train import main
-from utils.config import Config, ConfigError, OptimizerConfig, OptimizerKind, PhaseConfig
+from utils.choices import OptimizerKind
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_randn
+from utils.train_config import OptimizerConfig, PhaseConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -10,10 +10,11 @@ from diffusers import AutoencoderKLWan
 
 from pipeline.data.vae_clip import channels_last, decode_clip, encode_moments, to_video
 from pipeline.train.vae import VAEStage, latent_statistics
-from utils.config import Config, ConfigError, DataConfig, PhaseConfig, TrainConfig, VAEConfig, VideoConfig
+from utils.config import Config, ConfigError, VideoConfig
 from utils.distributed import World
 from utils.sprites.read import READERS, read_seconds, score
 from utils.sprites.world import FPS, HELD_OUT_START, CaptionFacts, render, sample_spec
+from utils.train_config import DataConfig, PhaseConfig, TrainConfig, VAEConfig
 from utils.video import to_uint8
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "tiny" / "vae"

@@ -4,7 +4,8 @@ import torch
 
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
-from utils.config import CacheConfig, CompressedKV, CompressorConfig
+from utils.choices import CompressedKV
+from utils.config import CacheConfig, CompressorConfig
 
 CHANNELS, TEXT_DIM, LATENT = 4, 16, (8, 12)
 TRAINED_FRAMES = 21

@@ -24,7 +24,8 @@ from pipeline.data.clips import (
 from pipeline.data.vae_clip import channels_last, encode_frames
 from pipeline.load import load_library_model
 from pipeline.sources import vae_folder
-from utils.config import Config, ConfigError, DataKind, require
+from utils.choices import DataKind
+from utils.config import Config, ConfigError, require
 from utils.distributed import World, barrier
 from utils.rng import keyed_generator
 from utils.sprites.story import FRAMES_PER_CHUNK

@@ -23,8 +23,8 @@ from pipeline.train.flow import ClipStage
 from pipeline.train.method import method
 from pipeline.train.roles import load_student
 from pipeline.train.text import TextConditioning
-from utils.choices import CompressedKV
-from utils.config import Config, ConfigError, Sharding
+from utils.choices import CompressedKV, Sharding
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator
 

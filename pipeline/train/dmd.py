@@ -34,10 +34,12 @@ from pipeline.train.method import method
 from pipeline.train.parallel import gathered
 from pipeline.train.prompt_data import PromptData, Script, story_script
 from pipeline.train.roles import check_student, load_score, load_student, load_text
-from utils.config import CacheKind, Config, ConfigError, OptimizerConfig, Reshard
+from utils.choices import CacheKind, Reshard
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 from utils.timing import part
+from utils.train_config import OptimizerConfig
 
 _TINY = 1e-12
 _WAN_SETTINGS = inspect.signature(WanTransformer3DModel.__init__).parameters

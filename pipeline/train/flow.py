@@ -28,7 +28,8 @@ from pipeline.train.plan import StepPlan
 from pipeline.train.roles import load_causal, load_text, load_wan, prepare
 from pipeline.train.text import TextConditioning
 from pipeline.train.through_cache import flows_through_cache, loss_shares
-from utils.config import CacheConfig, Config, ConfigError, DataKind, LossWeighting, Sharding
+from utils.choices import DataKind, LossWeighting, Sharding
+from utils.config import CacheConfig, Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 

@@ -27,7 +27,8 @@ from pipeline.train.method import Stage, Weights
 from pipeline.train.parallel import models_of
 from pipeline.train.samples import write_samples
 from pipeline.train.text import TextConditioning
-from utils.config import CacheConfig, Config, SamplerConfig, TextPlacement, require
+from utils.choices import TextPlacement
+from utils.config import CacheConfig, Config, SamplerConfig, require
 
 
 class Generator(nn.Module):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.config import Config, OptimizerConfig
+from utils.config import Config
 from utils.registry import Registry
+from utils.train_config import OptimizerConfig
 
 Weights = dict[str, dict[str, torch.Tensor]]  # role -> parameter name -> value
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, UMT5EncoderModel
 from model.causal_wan import CausalWanModel
 from model.weights import cast_weights
 from pipeline.train.method import Stage
-from utils.config import Config, Sharding
+from utils.choices import Sharding
+from utils.config import Config
 from utils.distributed import World
 
 # Outputs of Wan blocks are views; nothing changes them in place.

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from utils.config import Config, PhaseConfig
+from utils.config import Config
+from utils.train_config import PhaseConfig
 
 
 @dataclass(frozen=True)

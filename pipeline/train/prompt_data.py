@@ -13,10 +13,11 @@ import torch
 from pipeline.data.clips import place_of
 from pipeline.data.latents import LatentData
 from pipeline.data.prompts import data_prompts, read_prompts
-from utils.config import Config, ConfigError, StoryConfig
+from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.sprites.story import draw_length, sample_cut_story
 from utils.sprites.world import caption
+from utils.train_config import StoryConfig
 
 REFERENCE_CLIPS = 256
 _STORIES = 3  # keeps the draw of a step's cuts apart from other randomness

@@ -18,7 +18,8 @@ from pipeline.load import load_library_model, load_mapped, load_transformer, ran
 from pipeline.sources import need_folder, transformer_source, vae_folder
 from pipeline.train.parallel import keeps_attention
 from pipeline.train.text import TextConditioning
-from utils.config import Config, ConfigError, Sharding, require
+from utils.choices import Sharding
+from utils.config import Config, ConfigError, require
 
 ATTENTION = (  # operators that selective checkpointing keeps the output of
     "aten::_scaled_dot_product_flash_attention",

@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.train.parallel import global_norm, local
-from utils.config import OptimizerConfig, OptimizerKind
+from utils.choices import OptimizerKind
+from utils.train_config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:

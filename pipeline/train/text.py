@@ -18,7 +18,8 @@ from pipeline.load import load_mapped, load_tokenizer
 from pipeline.sources import need_folder, part_folder
 from pipeline.text import encode_text, small_text_encoder, sprite_tokenizer
 from pipeline.train.export import save_exported
-from utils.config import Config, TextPlacement, require
+from utils.choices import TextPlacement
+from utils.config import Config, require
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from pipeline.generate.rollout import Rollout
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.prompt_data import PromptData
 from pipeline.train.text import TextConditioning
-from utils.config import Commit, Config, ConfigError
+from utils.choices import Commit
+from utils.config import Config, ConfigError
 from utils.distributed import World
 
 TRAJECTORIES, COMMAND = "trajectories", "python -m scripts.generate_ode_pairs"

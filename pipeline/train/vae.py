@@ -24,10 +24,11 @@ from pipeline.train.export import exported, swapped_in
 from pipeline.train.method import Stage, Weights, method
 from pipeline.train.plan import StepPlan
 from pipeline.train.samples import write_samples
-from utils.config import Config, VAEConfig
+from utils.config import Config
 from utils.distributed import World
 from utils.rng import keyed_randn
 from utils.sprites.world import HELD_OUT_START, SpriteSpec, caption, render, render_layers, sample_spec
+from utils.train_config import VAEConfig
 
 TEMPORAL_STAGES, RGB = 2, 3
 CROP_STEP = 16  # px; background cells are 8 px wide, so the patterns keep their place on the latent grid
