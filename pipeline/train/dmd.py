@@ -19,8 +19,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from model.cache.state import CacheLayout
-from model.geometry import ChunkGeometry
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
 from pipeline.data.vae_clip import normalise
@@ -33,8 +31,9 @@ from pipeline.train.losses import dmd_loss, flow_loss, guided, kl_gradient
 from pipeline.train.method import method
 from pipeline.train.parallel import gathered
 from pipeline.train.prompt_data import PromptData, Script, story_script
+from pipeline.train.reach import attends_mid, check_mid_is_reached, inert
 from pipeline.train.roles import check_student, load_score, load_student, load_text
-from utils.choices import CacheKind, Reshard
+from utils.choices import Reshard
 from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
@@ -47,17 +46,11 @@ _WAN_SETTINGS = inspect.signature(WanTransformer3DModel.__init__).parameters
 
 @dataclass(frozen=True)
 class Generated:
-    """A self-rollout.
+    """A self-rollout."""
 
-    Attributes:
-        latents: its last `video.trained_frames` [B, C, F, H, W], float32.
-        frozen_frames: latent frames at their start that the generator has no gradient for.
-        rollout: how they came about.
-    """
-
-    latents: torch.Tensor
-    frozen_frames: int
-    rollout: Rollout
+    latents: torch.Tensor  # its last `video.trained_frames` [B, C, F, H, W], float32
+    frozen_frames: int  # latent frames at their start that the generator has no gradient for
+    rollout: Rollout  # how they came about
 
 
 @method("dmd")
@@ -103,7 +96,7 @@ class DMDStage(GeneratorStage):
         told = config.data.stories
         longest_told = max(self.max_chunks, told.chunks if told.count and told.share else 0)
         size = vae_shape_of(vae_folder(config)).size(config.video)
-        self._check_mid_is_reached(longest_told, size)
+        check_mid_is_reached(config.cache, longest_told, (config.video.frames_per_chunk, *size))
         text = load_text(config, device)
         student = load_student(config, text, device)
         super().__init__(config, device, student, text, vae_folder(config), (student.config.in_channels, *size))
@@ -122,33 +115,6 @@ class DMDStage(GeneratorStage):
                                               use_stream=True)  # fmt: skip
             self.offloaded = [self.teacher]
         self.schedule = FlowMatchSchedule(config.train.shift)
-
-    @property
-    def _has_mid(self) -> bool:
-        return self.config.cache.kind == CacheKind.pack and self.config.cache.top_k > 0
-
-    def _reaches_mid(self, chunks: int, geometry: ChunkGeometry) -> bool:
-        """Whether the last of `chunks` chunks has an archived one behind it."""
-        sink, recent = CacheLayout.of(self.config.cache, geometry).held(chunks - 1)
-        return recent.start > len(sink)
-
-    def _check_mid_is_reached(self, chunks: int, size: tuple[int, int]) -> None:
-        """Raise `ConfigError` where the cache has a compressed part that no rollout would ever fill."""
-        try:
-            geometry = ChunkGeometry(self.config.video.frames_per_chunk, *size)
-            inert = self._has_mid and not self._reaches_mid(chunks, geometry)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if inert:
-            raise ConfigError(self._inert(chunks))
-
-    def _inert(self, chunks: int) -> str:
-        cache = self.config.cache
-        return (
-            f"cache.top_k is {cache.top_k}, but no chunk of a rollout of {chunks} chunks attends a compressed one "
-            f"(sink {cache.sink}, recent {cache.recent} {cache.unit.value}): the compressor would not be trained; "
-            "make cache.sink or cache.recent smaller or dmd.max_rollout_frames larger, or set cache.top_k=0"
-        )
 
     def roles(self, step: int) -> tuple[str, ...]:
         """The critic at every step; after every `dmd.critic_updates`-th of them the generator too."""
@@ -231,9 +197,9 @@ class DMDStage(GeneratorStage):
             rolled = rollout.run(chunks, commit_last=False, parts=shots)
             made = [latents for _, latents in rolled]  # [B, C, F, H, W] each
             video = torch.cat(made, dim=2)  # [B, C, N, H, W]
-        expected = self._has_mid and self._reaches_mid(chunks, rollout.cache.geometry)
+        expected = attends_mid(self.config.cache, chunks, rollout.cache.geometry)
         if expected and rollout.mid_tokens_attended == 0:
-            raise ConfigError(self._inert(chunks))
+            raise inert(self.config.cache, chunks)
         if longer:
             return Generated(self._as_clip(video), 1 if story else self.config.video.frames_per_chunk, rollout)
         return Generated(video, 0, rollout)

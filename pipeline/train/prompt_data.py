@@ -85,17 +85,11 @@ def _reference_only(config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Script:
-    """What a batch of rollouts is to show; all are cut at the same chunks.
+    """What a batch of rollouts is to show; all are cut at the same chunks."""
 
-    Attributes:
-        prompts: chunk at which a shot begins -> prompt of each sample.
-        scored: of the last shot, what the scores are told: captions with nothing left out.
-        chunks: length of a story; None: a single shot of the rollout's own length.
-    """
-
-    prompts: dict[int, list[str]]
-    scored: list[str]
-    chunks: int | None = None
+    prompts: dict[int, list[str]]  # chunk at which a shot begins -> prompt of each sample
+    scored: list[str]  # of the last shot, what the scores are told: captions with nothing left out
+    chunks: int | None = None  # length of a story; None: a single shot of the rollout's own length
 
 
 def story_script(config: Config, step: int, key: object, sample_indices: Sequence[int]) -> Script | None:
