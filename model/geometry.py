@@ -2,38 +2,32 @@
 
 from dataclasses import dataclass
 
+from utils.config import ConfigError
+
 WAN_PATCH_SIZE = (1, 2, 2)
 
 
 @dataclass(frozen=True)
 class ChunkGeometry:
-    """Sizes of one chunk of latents and of its tokens.
+    """Sizes of one chunk of latents and of its tokens. Raises `ConfigError` where one is not positive or not a multiple
+    of the patch."""
 
-    Args:
-        frames: latent frames per chunk (B_f).
-        latent_height, latent_width: size of one latent frame.
-        patch_size: (time, height, width) of the DiT's patch embedding; the time patch must be 1.
-
-    Raises:
-        ValueError: where a size is not positive or not a multiple of the patch.
-    """
-
-    frames: int
+    frames: int  # latent frames per chunk, B_f
     latent_height: int
     latent_width: int
-    patch_size: tuple[int, int, int] = WAN_PATCH_SIZE
+    patch_size: tuple[int, int, int] = WAN_PATCH_SIZE  # time (always 1), height, width
 
     def __post_init__(self) -> None:
         if self.patch_size[0] != 1:
-            raise ValueError(f"patch size {self.patch_size}: the causal model needs a time patch of 1")
+            raise ConfigError(f"patch size {self.patch_size}: the causal model needs a time patch of 1")
         if self.frames < 1:
-            raise ValueError(f"frames per chunk is {self.frames}: must be at least 1")
+            raise ConfigError(f"frames per chunk is {self.frames}: must be at least 1")
         for name, size, patch in (
             ("height", self.latent_height, self.patch_size[1]),
             ("width", self.latent_width, self.patch_size[2]),
         ):
             if size < patch or size % patch:
-                raise ValueError(f"latent {name} is {size}: must be a positive multiple of the patch, {patch}")
+                raise ConfigError(f"latent {name} is {size}: must be a positive multiple of the patch, {patch}")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import answer_typos, check_positive, config_parser, run_configured
+from utils.cli import answer_typos, check_positive, config_parser, print_rows, run_configured
 
 if __name__ == "__main__":  # before the imports below, which take seconds
     answer_typos()
@@ -225,13 +225,10 @@ def bench(config: Config, chunks: int, vae_chunks: int, profiled: bool = False, 
 
 def print_table(result: dict) -> None:
     total = result["seconds_per_chunk"]["total"]
-    print(f"\n{'part':<14}{'s/chunk':>10}{'share':>8}")
-    for name, seconds in result["seconds_per_chunk"].items():
-        if seconds is not None:
-            print(f"{name:<14}{seconds:>10.4f}{seconds / total:>8.1%}")
-    print(f"\n{'cache':<14}{'tokens':>10}{'MB':>10}")
-    for name, part in result["kv"].items():
-        print(f"{name:<14}{part['tokens']:>10}{part['bytes'] / 1e6:>10.1f}")
+    times = {name: seconds for name, seconds in result["seconds_per_chunk"].items() if seconds is not None}
+    rows = [[name, f"{seconds:.4f}", f"{seconds / total:.1%}"] for name, seconds in times.items()]
+    held = [[name, part["tokens"], f"{part['bytes'] / 1e6:.1f}"] for name, part in result["kv"].items()]
+    print_rows([["part", "s/chunk", "share"], *rows, ["", "tokens", "MB"], *held])
     with_vae = f", {result['fps_with_vae']:.2f} with VAE" if result["fps_with_vae"] else ""
     overlap = f", video with overlap {result['overlap']:.3f} of the time without" if result["overlap"] else ""
     print(

@@ -184,15 +184,14 @@ def _check_values(node: Any, prefix: str = "") -> None:
             elif isinstance(one, int | float) and interval is not None and one not in interval:
                 null = ", or be null" if "None" in str(item.type) else ""
                 raise ConfigError(f"setting `{key}` is {value}: must lie in {interval.text}{null}")
-            elif isinstance(one, str) and not _is_text(one):
+            elif isinstance(one, str) and ("\0" in one or not is_text(one)):
                 raise ConfigError(f"setting `{key}` is {one!r}: holds what is no character of a text")
 
 
-def _is_text(value: str) -> bool:
-    try:
-        return "\0" not in value and value.encode() is not None
-    except UnicodeEncodeError:  # half of a surrogate pair: what the command line makes of bytes that are not UTF-8
-        return False
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 has. Half of a surrogate pair is none: so come bytes of the command line that
+    are not UTF-8."""
+    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def validate(config: Config) -> None:

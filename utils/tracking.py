@@ -1,13 +1,12 @@
-"""Where a run's numbers go: JSON lines in its folder, and wandb or tensorboard. Both
-work offline (WANDB_MODE=offline)."""
+"""Where a run's numbers go: JSON lines in its folder, wandb (offline too: WANDB_MODE=offline), tensorboard."""
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from utils.config import ConfigError
+from utils.files import write_whole
 
 LOG = "log.jsonl"
 
@@ -78,6 +77,4 @@ def _rewind(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     if kept != lines:
-        partial = path.with_name(f"{LOG}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))

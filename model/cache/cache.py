@@ -20,7 +20,7 @@ from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
 from model.kv import ChunkKV
 from utils.choices import CacheKind
-from utils.config import CacheConfig
+from utils.config import CacheConfig, ConfigError
 from utils.registry import Registry
 
 CACHES: Registry["type[PackCache]"] = Registry("cache.kind")
@@ -33,12 +33,12 @@ class PackCache(CacheState):
     def for_model(
         model: CausalWanModel, config: CacheConfig, latent_height: int, latent_width: int, trained_frames: int
     ) -> "PackCache":
-        """A cache for `model` at a latent size. Raises ValueError where the model lacks the compressor asked for."""
+        """A cache for `model` at a latent size. Raises `ConfigError` where the model lacks the compressor asked for."""
         has, wants = model.config.compressor, config.compressor.kind
         if config.kind == CacheKind.pack and config.top_k and COMPRESSORS[wants].trainable:
             stages = (has, list(model.config.compressor_channels)), (wants, list(config.compressor.channels))
             if stages[0] != stages[1]:
-                raise ValueError(f"cache.compressor is {stages[1]}: the model was built with {stages[0]}")
+                raise ConfigError(f"cache.compressor is {stages[1]}: the model was built with {stages[0]}")
         geometry = model.geometry(latent_height, latent_width)
         return CACHES[config.kind](config, geometry, model.config.attention_head_dim, trained_frames)
 
@@ -61,11 +61,7 @@ class PackCache(CacheState):
 
     @torch.no_grad()
     def commit(self, kv: ChunkKV, context: ChunkContext) -> None:
-        """Add the finished chunk of `context`.
-
-        Raises:
-            RuntimeError: where `context` is not that of the next chunk.
-        """
+        """Add the finished chunk of `context`. Raises RuntimeError where that is not the next chunk's."""
         context.check_current()
         chunk, layout, device = self.num_chunks, self.layout, kv.layers[0].key.device
         if not self.layers:

@@ -22,6 +22,7 @@ from model.cache.selection import top_chunks
 from model.cache.workspace import Buffers
 from model.rope import chunk_rotation, grid_positions, grid_rotation, precise, time_part, turn_in_time
 from utils.choices import CacheKind, SizeUnit
+from utils.config import ConfigError
 
 
 class Tokens(NamedTuple):
@@ -143,16 +144,13 @@ class DeepForcingContext(ChunkContext):
 
 @CACHES.register(CacheKind.deep_forcing)
 class DeepForcingCache(PackCache):
-    """History of one batch of videos, counted in latent frames.
-
-    Raises:
-        ValueError: settings that it has no meaning for.
-    """
+    """History of one batch of videos, counted in latent frames. Raises `ConfigError` for settings that have no meaning
+    for it."""
 
     def __init__(self, config, geometry, head_dim, trained_frames):
         def require(condition, setting, value, expected):
             if not condition:
-                raise ValueError(f"cache.kind=deep_forcing: cache.{setting} is {value}: {expected}")
+                raise ConfigError(f"cache.kind=deep_forcing: cache.{setting} is {value}: {expected}")
 
         require(config.unit == SizeUnit.frames, "unit", config.unit.value, "must be frames, in which the method counts")
         require(config.temporal != "fit", "temporal", "fit", "must be packed or absolute")

@@ -16,7 +16,7 @@ from model.geometry import ChunkGeometry
 from model.kv import SmallFrame
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
 from utils.choices import AtSwitch, CacheKind, QueryScope, SizeUnit
-from utils.config import CacheConfig
+from utils.config import CacheConfig, ConfigError
 
 UNBOUNDED = sys.maxsize
 
@@ -32,13 +32,13 @@ class CacheLayout:
 
     @classmethod
     def of(cls, config: CacheConfig, geometry: ChunkGeometry) -> "CacheLayout":
-        """Raises ValueError for sizes in frames that are not multiples of the chunk."""
+        """Raises `ConfigError` for sizes in frames that are not multiples of the chunk."""
         if config.kind == CacheKind.deep_forcing:  # counts in frames
             return cls(0, -(-(config.window or 0) // geometry.frames), 0)
         unit = geometry.frames if config.unit == SizeUnit.frames else 1
         for name, size in (("sink", config.sink), ("recent", config.recent)):
             if size % unit:
-                raise ValueError(
+                raise ConfigError(
                     f"cache.{name} is {size} frames: must be a multiple of the chunk, {unit} latent frames"
                 )
         sink, recent = config.sink // unit, config.recent // unit
@@ -68,8 +68,7 @@ class CacheState:
         head_dim: channels per attention head.
         trained_frames: latent frames seen in training; `fit` positions stay inside them.
 
-    Raises:
-        ValueError: sizes that do not fit the chunk; `fit` without room for a mid chunk.
+    Raises `ConfigError` for sizes that do not fit the chunk, or `fit` without room for a mid chunk.
     """
 
     def __init__(self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int):
@@ -77,7 +76,7 @@ class CacheState:
         self.layout = CacheLayout.of(config, geometry)
         if config.at_switch in (AtSwitch.recommit, AtSwitch.restart) and not self.layout.recent:
             switch = config.at_switch.value
-            raise ValueError(f"cache.at_switch is {switch}: this cache has no recent part; set cache.recent")
+            raise ConfigError(f"cache.at_switch is {switch}: this cache has no recent part; set cache.recent")
         self.selection, self.positions = SELECTIONS[config.selection], POSITIONS[config.temporal]
         self.spatial = SPATIAL[config.spatial]
         for precision in (config.sink_dtype, config.mid_dtype):
@@ -88,7 +87,7 @@ class CacheState:
         self.mid_grid, self.pixel_pool = self.compressor.grid(*shape), self.compressor.pool(*shape)
         bounded = self.layout.sink != UNBOUNDED
         if config.temporal == "fit" and bounded and self.fit_room < (1 if self.layout.top_k else 0):
-            raise ValueError(
+            raise ConfigError(
                 f"cache.temporal=fit: sink {self.layout.sink} + recent {self.layout.recent} + the current chunk take "
                 f"{trained_frames - self.fit_room} latent frames of the {trained_frames} trained ones, which leaves no "
                 "room; make cache.sink or cache.recent smaller, or use cache.temporal=packed"

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.rows import read_rows
-from pipeline.data.schedule import Prompt, check_keys, is_text, number, read_prompt
+from pipeline.data.schedule import Prompt, check_keys, number, read_prompt
 from utils.config import ConfigError
+from utils.load_config import is_text
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.vae_shape import VAEShape
 from utils.config import ConfigError
+from utils.load_config import is_text
 
 Prompt = str | list[dict[str, Any]]  # a text, or a schedule
 FIELDS = ("at", "prompt")
@@ -36,11 +37,6 @@ def number(value: Any, name: str, where: str) -> float:
     if not isinstance(found, int | float) or isinstance(found, bool) or not abs(found) < LARGEST:
         raise ConfigError(f"{where}: `{name}` is {value!r}, expected a number")
     return found
-
-
-def is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 has: a lone surrogate is none."""
-    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def read_prompt(value: Any, where: str) -> Prompt:

@@ -14,6 +14,7 @@ from av.error import FFmpegError
 
 from pipeline.data.rows import read_rows
 from utils.config import ConfigError
+from utils.load_config import is_text
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 # Names that a column or key may have, in captions.csv and captions.jsonl alike.
@@ -67,7 +68,7 @@ def _captioned(name: str, caption: str, start: float = 0.0) -> CaptionedVideo:
     caption, problem = " ".join(caption.split()), None
     if not caption:
         problem = "no caption"
-    elif caption.encode("utf-8", "replace").decode() != caption:
+    elif not is_text(caption):
         problem = "its caption has characters that UTF-8 does not have"
     elif not math.isfinite(start) or start < 0:
         problem = f"start is {start}, expected seconds from 0 on"

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.schedule import prompts_of, text_at, timeline
 from pipeline.generate.inputs import NoiseSource, Prompts, prompt_noise
+from pipeline.generate.vae_stream import filled
 from pipeline.vae_shape import VAEShape
 from utils.config import ConfigError, SamplerConfig
 from utils.registry import Registry
@@ -144,8 +145,7 @@ def video(call: Conditioning, value: Any) -> None:
         raise ConfigError(f"{found}: expected frames as floats in 0..1; divide uint8 frames by 255")
     chunks = max(1, (1 + (pixels.shape[2] - 1) // shape.temporal_stride) // size)
     missing = max(0, shape.frames(size) - pixels.shape[2])
-    first = pixels[:, :, :1].expand(-1, -1, missing, -1, -1)
-    pixels = torch.cat([first, pixels], dim=2)[:, :, -shape.frames(chunks * size) :]
+    pixels = filled(pixels, missing)[:, :, -shape.frames(chunks * size) :]
     if len(call.lines) % len(pixels):
         raise ConfigError(f"{len(pixels)} given videos for {len(call.lines)}: give one, or one for each prompt")
     latents = encoders.latents(pixels).repeat_interleave(len(call.lines) // len(pixels), 0)

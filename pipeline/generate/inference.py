@@ -79,12 +79,9 @@ def check_cache(config: Config, vae: VAEShape) -> None:
     """Raise `ConfigError` where the cache's settings do not fit chunk or size; loads nothing."""
     check_commit(config.sampler, config.cache)
     settings = transformer_settings(config)
-    try:
-        size = (length // vae.spatial_stride for length in (config.video.height, config.video.width))
-        geometry = ChunkGeometry(config.video.frames_per_chunk, *size)
-        CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    size = (length // vae.spatial_stride for length in (config.video.height, config.video.width))
+    geometry = ChunkGeometry(config.video.frames_per_chunk, *size)
+    CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
 
 
 def weight_hashes(config: Config) -> dict[str, str]:

@@ -283,10 +283,5 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         config = cache if isinstance(cache, CacheConfig) else section(
             CacheConfig, "cache", {**self.config.cache, **(cache or {})}
         )  # fmt: skip
-        stride = self.vae_shape.spatial_stride
-        try:
-            return PackCache.for_model(
-                self.transformer, config, height // stride, width // stride, self.video_config.trained_frames
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        size = (length // self.vae_shape.spatial_stride for length in (height, width))
+        return PackCache.for_model(self.transformer, config, *size, self.video_config.trained_frames)

@@ -76,17 +76,9 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The next latents of the video -> its next pixels.
-
-        Args:
-            latents: [B, C, F, H, W], normalised, any F >= 1, on the device where the VAE runs.
-
-        Returns:
-            [B, 3, 4F, 8H, 8W] in -1..1 (4F - 3 frames at the start of the video), for a VAE of strides 4 and 8.
-
-        Raises:
-            ValueError: where the latents do not have the VAE's channels.
-        """
+        """The next latents of the video [B, C, F, H, W], F >= 1, normalised, on the device where the VAE runs, to its
+        next pixels [B, 3, 4F, 8H, 8W] in -1..1 (4F - 3 frames at the start of the video; a VAE of strides 4 and 8).
+        Raises ValueError where the latents do not have the VAE's channels."""
         vae = self.vae
         if latents.shape[1] != vae.config.z_dim:
             raise ValueError(f"latents have {latents.shape[1]} channels, the VAE has {vae.config.z_dim}")
@@ -152,12 +144,12 @@ def encode_small(vae: AutoencoderKLWan, pixels: torch.Tensor, pool: tuple[int, i
     # of the first frame fill the chunk up in front, and the first latent is dropped: those kept are of four frames
     # each, as in the middle of a video, and do not depend on where the chunk stands in it.
     stride = vae.config.scale_factor_temporal
-    small = F.avg_pool3d(_filled(pixels.float(), -pixels.shape[2] % stride), pool)
-    small = _filled(small, 1 + -small.shape[2] % stride)
+    small = F.avg_pool3d(filled(pixels.float(), -pixels.shape[2] % stride), pool)
+    small = filled(small, 1 + -small.shape[2] % stride)
     return normalise(vae, vae.encode(small.to(vae.dtype)).latent_dist.mode())[:, :, 1:]
 
 
-def _filled(video: torch.Tensor, missing: int) -> torch.Tensor:
+def filled(video: torch.Tensor, missing: int) -> torch.Tensor:
     """`missing` copies of the first frame in front of video [B, C, F, H, W]."""
     return torch.cat([video[:, :, :1].expand(-1, -1, missing, -1, -1), video], dim=2)
 

@@ -7,7 +7,7 @@ from utils.config import CacheConfig, ConfigError
 
 
 def attends_mid(cache: CacheConfig, chunks: int, geometry: ChunkGeometry) -> bool:
-    """Whether the last of `chunks` chunks has an archived one behind it to attend. ValueError as `CacheLayout`."""
+    """Whether the last of `chunks` chunks has an archived one behind it to attend."""
     sink, recent = CacheLayout.of(cache, geometry).held(chunks - 1)
     return cache.kind == CacheKind.pack and cache.top_k > 0 and recent.start > len(sink)
 
@@ -24,9 +24,6 @@ def inert(cache: CacheConfig, chunks: int) -> ConfigError:
 def check_mid_is_reached(cache: CacheConfig, chunks: int, shape: tuple[int, int, int]) -> None:
     """Raise `ConfigError` where the cache has a compressed part that no rollout would ever fill. `shape`: of a chunk,
     latent frames, height and width."""
-    try:
-        reached = attends_mid(cache, chunks, ChunkGeometry(*shape))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    reached = attends_mid(cache, chunks, ChunkGeometry(*shape))
     if not reached and cache.kind == CacheKind.pack and cache.top_k > 0:
         raise inert(cache, chunks)

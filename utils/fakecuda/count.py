@@ -67,14 +67,6 @@ class Counts(Stopwatch):
     def label(self) -> str:
         return self.labels[-1]
 
-    @contextmanager
-    def part(self, name: str, tokens: int = 0) -> Iterator[None]:
-        self._begin(name, tokens)
-        try:
-            yield
-        finally:
-            self._end()
-
     def _begin(self, name: str, tokens: int) -> None:
         role = self.label.split("/")[0]
         if name in ("critic", "generator") and role not in ("critic", "generator"):
