@@ -190,7 +190,7 @@ class CausalWanAttnProcessor:
             if rotary_emb is not None:
                 query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
             if memory is not None and memory.context is not None:
-                memory.leave(attn, *unrotated)
+                memory.leave(*unrotated)
                 key, value = memory.with_history(attn, unrotated[0], key, value)
                 if memory.only_kv:
                     return None

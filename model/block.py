@@ -91,7 +91,7 @@ class LayerMemory:
         keys, values = self.context.extend(self.layer, self.selected, rotated_key, value, mid)
         return keys.type_as(query), values.type_as(query)  # a cache may be of another dtype than the computation
 
-    def leave(self, attn, query, key, value) -> None:
+    def leave(self, query, key, value) -> None:
         """Keep the chunk's un-rotated query, key and value [B, L, heads, D]."""
         if self.leaves:
             self.left = LayerKV(query if self.context.keeps_query else None, key, value, None, None)

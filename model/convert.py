@@ -7,42 +7,31 @@ checkpoint of something else is noticed. The compressor (`pack_compressor.net.N`
 import re
 from collections.abc import Iterable
 
-# Wan2.1 original -> diffusers, outside the blocks.
-_TOP = {
-    "patch_embedding.weight": "patch_embedding.weight",
-    "patch_embedding.bias": "patch_embedding.bias",
-    "text_embedding.0.weight": "condition_embedder.text_embedder.linear_1.weight",
-    "text_embedding.0.bias": "condition_embedder.text_embedder.linear_1.bias",
-    "text_embedding.2.weight": "condition_embedder.text_embedder.linear_2.weight",
-    "text_embedding.2.bias": "condition_embedder.text_embedder.linear_2.bias",
-    "time_embedding.0.weight": "condition_embedder.time_embedder.linear_1.weight",
-    "time_embedding.0.bias": "condition_embedder.time_embedder.linear_1.bias",
-    "time_embedding.2.weight": "condition_embedder.time_embedder.linear_2.weight",
-    "time_embedding.2.bias": "condition_embedder.time_embedder.linear_2.bias",
-    "time_projection.1.weight": "condition_embedder.time_proj.weight",
-    "time_projection.1.bias": "condition_embedder.time_proj.bias",
-    "head.head.weight": "proj_out.weight",
-    "head.head.bias": "proj_out.bias",
-    "head.modulation": "scale_shift_table",
+_KINDS = ("weight", "bias")
+# Layers, Wan2.1 original -> diffusers, outside the blocks.
+_TOP_LAYERS = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
 }
-
 # The same inside `blocks.N.`; the affine norm before cross-attention is norm3 in Wan, norm2 in diffusers.
-_BLOCK = {
-    "modulation": "scale_shift_table",
-    "norm3.weight": "norm2.weight",
-    "norm3.bias": "norm2.bias",
-    "ffn.0.weight": "ffn.net.0.proj.weight",
-    "ffn.0.bias": "ffn.net.0.proj.bias",
-    "ffn.2.weight": "ffn.net.2.weight",
-    "ffn.2.bias": "ffn.net.2.bias",
-}
-for _wan, _diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    for _projection, _name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
-        for _kind in ("weight", "bias"):
-            _BLOCK[f"{_wan}.{_projection}.{_kind}"] = f"{_diffusers}.{_name}.{_kind}"
-    for _norm in ("norm_q", "norm_k"):
-        _BLOCK[f"{_wan}.{_norm}.weight"] = f"{_diffusers}.{_norm}.weight"
+_BLOCK_LAYERS = {"norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+_ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+for _wan, _diffusers in _ATTENTIONS.items():
+    _BLOCK_LAYERS |= {f"{_wan}.{name}": f"{_diffusers}.{ours}" for name, ours in _PROJECTIONS.items()}
 
+_TOP, _BLOCK = (
+    {f"{wan}.{kind}": f"{diffusers}.{kind}" for wan, diffusers in layers.items() for kind in _KINDS}
+    for layers in (_TOP_LAYERS, _BLOCK_LAYERS)
+)
+_TOP["head.modulation"] = _BLOCK["modulation"] = "scale_shift_table"
+for _wan, _diffusers in _ATTENTIONS.items():  # whose norms have no bias
+    _BLOCK |= {f"{_wan}.{norm}.weight": f"{_diffusers}.{norm}.weight" for norm in ("norm_q", "norm_k")}
 _TOP_BACK = {diffusers: wan for wan, diffusers in _TOP.items()}
 _BLOCK_BACK = {diffusers: wan for wan, diffusers in _BLOCK.items()}
 

@@ -79,7 +79,7 @@ def run_part(command: list[str], seconds: float) -> dict[str, Any]:
     return found if status == 0 else found | {"error": (errors or "\n".join(lines))[-2000:]}
 
 
-def table(found: dict[str, Any], on_gpu: bool) -> str:
+def table(found: dict[str, Any]) -> str:
     device = found["environment"].get("gpu", "CPU alone: small shapes, no figures of a GPU")
     rows = [f"{device}, torch {found['environment']['torch']}", "", "| part | |", "|---|---|"]
     for name, part in found["parts"].items():
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "check.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (folder / "check.md").write_text(text := table(found, on_gpu), encoding="utf-8")
+    (folder / "check.md").write_text(text := table(found), encoding="utf-8")
     print("\n" + text)
     return FAILED if any(part["status"] != 0 for part in found["parts"].values()) else 0
 

@@ -10,10 +10,10 @@ from toy import CHANNELS, LATENT, randn, toy_cache, toy_config, toy_model, toy_p
 
 from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
-from pipeline.data.vae_clip import encode_moments
+from pipeline.data.vae_clip import denormalise, encode_moments
 from pipeline.generate.inputs import Prompts
 from pipeline.generate.rollout import Rollout
-from pipeline.generate.vae_stream import StreamingDecoder, denormalise, encode_small
+from pipeline.generate.vae_stream import StreamingDecoder, encode_small
 from utils.choices import AtSwitch
 from utils.config import ConfigError, SamplerConfig
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.generate.vae_stream import StreamingDecoder, denormalise
+from pipeline.data.vae_clip import denormalise
+from pipeline.generate.vae_stream import StreamingDecoder
 
 FRAMES = 7  # latent
 

@@ -75,13 +75,28 @@ def decode_clip(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return unpatchify(x, vae.config.patch_size)
 
 
+def _statistics(vae: AutoencoderKLWan, device: torch.device) -> list[torch.Tensor]:
+    """Mean and std per channel of the VAE's latents: [1, C, 1, 1, 1] each."""
+    values = vae.config.latents_mean, vae.config.latents_std
+    return [torch.tensor(each, device=device).view(1, -1, 1, 1, 1) for each in values]
+
+
 def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, F, H, W] as the VAE encodes them -> float32 with mean 0 and std 1 per channel."""
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _statistics(vae, latents.device)
     return (latents.float() - mean) / std
+
+
+def denormalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, F, H, W] as the DiT sees them (mean 0, std 1 per channel) -> as the VAE does, in its dtype."""
+    mean, std = _statistics(vae, latents.device)
+    return (latents.float() * std + mean).to(vae.dtype)
+
+
+def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """video [B, 3, F, H, W] in -1..1 -> normalised latents [B, C, 1 + (F-1)/4, H/8, W/8], the posterior's mean, by the
+    library's own path."""
+    return normalise(vae, vae.encode(video.to(vae.dtype)).latent_dist.mode())
 
 
 def to_video(frames: np.ndarray) -> torch.Tensor:
@@ -96,7 +111,7 @@ def encode_frames(vae: AutoencoderKLWan, frames: np.ndarray, whole: bool = True)
     time, as the memory of a whole clip at 480x832 is out of proportion to what it saves."""
     video = to_video(frames).to(vae.device)  # [B, 3, F, H, W]
     if not whole:
-        return normalise(vae, vae.encode(video).latent_dist.mode())
+        return encode(vae, video)
     with torch.autocast("cpu", torch.bfloat16, enabled=video.device.type == "cpu"):
         mean, _ = encode_moments(vae, video)  # [B, C, f, h, w]
     return normalise(vae, mean)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from pipeline.data.schedule import Prompt
-from pipeline.data.vae_clip import normalise
+from pipeline.data.vae_clip import encode
 from pipeline.generate.arguments import CALLBACK_INPUTS, check_arguments, sampler_of, step_callback
 from pipeline.generate.chunks import Chunk, decoded, joined
 from pipeline.generate.conditioning import Conditioning, Encoders
@@ -149,8 +149,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def encode_video(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 3, 1 + 4n, H, W] in -1..1 -> normalised latents [B, C, 1 + n, H / 8, W / 8], the posterior's mean."""
-        pixels = pixels.to(self._execution_device, self.vae.dtype)
-        return normalise(self.vae, self.vae.encode(pixels).latent_dist.mode())
+        return encode(self.vae, pixels.to(self._execution_device))
 
     def num_chunks(self, num_frames: int) -> int:
         """Chunks that hold at least `num_frames` pixel frames."""

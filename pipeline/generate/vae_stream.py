@@ -15,16 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import nn
 
 from model.attention import rms_norm
-from pipeline.data.vae_clip import normalise
-
-
-def denormalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, F, H, W] as the DiT sees them (mean 0, std 1 per channel) -> as the VAE does, in its dtype."""
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (latents.float() * std + mean).to(vae.dtype)
+from pipeline.data.vae_clip import denormalise, encode
 
 
 class _Norm(WanRMS_norm):
@@ -146,7 +137,7 @@ def encode_small(vae: AutoencoderKLWan, pixels: torch.Tensor, pool: tuple[int, i
     stride = vae.config.scale_factor_temporal
     small = F.avg_pool3d(filled(pixels.float(), -pixels.shape[2] % stride), pool)
     small = filled(small, 1 + -small.shape[2] % stride)
-    return normalise(vae, vae.encode(small.to(vae.dtype)).latent_dist.mode())[:, :, 1:]
+    return encode(vae, small)[:, :, 1:]
 
 
 def filled(video: torch.Tensor, missing: int) -> torch.Tensor:

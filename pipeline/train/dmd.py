@@ -21,7 +21,7 @@ from torch import nn
 
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import read_shape, transformer_settings, vae_shape_of
-from pipeline.data.vae_clip import normalise
+from pipeline.data.vae_clip import encode
 from pipeline.generate.inputs import Prompts
 from pipeline.generate.rollout import Rollout
 from pipeline.generate.vae_stream import StreamingDecoder
@@ -213,8 +213,7 @@ class DMDStage(GeneratorStage):
         decoder = StreamingDecoder(self.decoder_vae)
         for frame in latents.split(1, dim=2):
             pixels = decoder.decode(frame)  # [B, 3, 1 or 4, 8H, 8W]
-        encoded = self.decoder_vae.encode(pixels[:, :, -1:]).latent_dist.mode()  # [B, C, 1, H, W]
-        return normalise(self.decoder_vae, encoded)
+        return encode(self.decoder_vae, pixels[:, :, -1:])  # [B, C, 1, H, W]
 
     def _as_clip(self, video: torch.Tensor) -> torch.Tensor:
         """The last window of a longer video [B, C, N, H, W] as a clip of its own [B, C, F, H, W]."""
