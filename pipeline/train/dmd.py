@@ -131,16 +131,13 @@ class DMDStage(GeneratorStage):
         return {"compressor": compressor} if role == "generator" and compressor is not None else {}
 
     def role_batch(self, role: str, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        """Prompts of its own for each role, as in the reference."""
-        return self._batch((self.config.seed, role) if role == "generator" else self.config.seed, step, sample_indices)
-
-    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        return self._batch(self.config.seed, step, sample_indices)
-
-    def _batch(self, key: object, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
-        """Prompts; everything else is made by the generator."""
+        """Prompts, other ones for each role, as in the reference; everything else is made by the generator."""
+        key = (self.config.seed, role) if role == "generator" else self.config.seed
         script = story_script(self.config, step, key, sample_indices) or self.prompts.script(key, sample_indices)
         return {"script": script, "indices": list(sample_indices)}
+
+    def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
+        return self.role_batch("critic", step, sample_indices)
 
     def ahead(self, role: str, step: int, sample_indices: Sequence[int]) -> None:
         if self.text.beside:
