@@ -25,7 +25,7 @@ from torch import nn
 from model.attention import CausalWanAttnProcessor, clip_mask
 from model.block import CausalWanBlock, LayerMemory, Passed
 from model.compressing import compress_archived, compress_own
-from model.fresh_compressor import FreshCompressor
+from model.fresh_compressor import COMPRESSOR_PREFIX, FreshCompressor
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, ReadyHistory, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
@@ -288,9 +288,12 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":
-        """A causal model with the weights of a bidirectional one; a compressor, if any, is freshly initialised."""
+        """A causal model with the weights of another, bidirectional or causal, and `settings` of its own; a compressor
+        of other kind or shape is freshly initialised."""
         known = {k: v for k, v in wan.config.items() if not k.startswith("_")}
         model = cls(**{**known, **settings})
-        state = {k: v for k, v in wan.state_dict().items() if not k.startswith("rope.")}
-        model.load_state_dict({**model.state_dict(), **state})
+        own, given = model.state_dict(), wan.state_dict()
+        shapes, stored = ({k: v.shape for k, v in x.items() if k.startswith(COMPRESSOR_PREFIX)} for x in (own, given))
+        kept = {k: v for k, v in given.items() if k not in stored or shapes == stored}
+        model.load_state_dict(own | {k: v for k, v in kept.items() if not k.startswith("rope.")})
         return model

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from model.attention import best_backend
 from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
-from model.fresh_compressor import COMPRESSOR_PREFIX
 from model.weights import CheckpointError, cast_weights
 from pipeline.bundle import read_json, read_shape, transformer_settings, vae_shape_of
 from pipeline.generate.inference import check_cache
@@ -99,14 +98,9 @@ def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
     if read_json(folder / "config.json").get("_class_name") != CausalWanModel.__name__:
         return CausalWanModel.from_wan(load_wan(path, key), **settings)
     try:
-        source = load_library_model(CausalWanModel, folder, torch.float32)
+        return CausalWanModel.from_wan(load_library_model(CausalWanModel, folder, torch.float32), **settings)
     except CheckpointError as error:
         raise ConfigError(f"setting `{key}`: {error}") from error
-    model = CausalWanModel(**{**{k: v for k, v in source.config.items() if not k.startswith("_")}, **settings})
-    own, state = model.state_dict(), source.state_dict()
-    shapes, stored = ({k: v.shape for k, v in x.items() if k.startswith(COMPRESSOR_PREFIX)} for x in (own, state))
-    model.load_state_dict(own | {k: v for k, v in state.items() if k not in stored or shapes == stored})
-    return model
 
 
 def load_score(path: str | None, key: str, student: CausalWanModel, config: Config, text: TextConditioning,
