@@ -63,7 +63,7 @@ DEVICES = {
 def measure(config: Config, part: str, world: World, exact: bool = False, most_layers: int | None = None) -> list:
     """`Phase`s of a part at full depth, or with at most `most_layers`."""
     from scripts import estimate_parts as parts
-    from scripts.fake_models import on_fake_models
+    from scripts.fake_models import forget_kept, on_fake_models
     from scripts.stand_ins import at_depth, shallow, transformer_settings
     from utils.fakecuda.count import Counts
     from utils.fakecuda.device import fake_device
@@ -76,6 +76,7 @@ def measure(config: Config, part: str, world: World, exact: bool = False, most_l
         ready = [at_depth(config, place, depth) for place, depth in zip(folders, depths, strict=True)]
         with fake_device(counts, world.size) as mode, on_fake_models(mode):
             for small, place in zip(ready, folders, strict=True):
+                forget_kept()
                 found.append(list(parts.RUNS[part](small, mode, world, place)))
                 counts.forget()
     if len(found) == 1:

@@ -10,12 +10,18 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import UMT5EncoderModel
 
-from model import attention
+from model import attention, rope
 from model.cache import selection
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from utils.fakecuda.count import Counts, OnDevice
 from utils.timing import timed
+
+
+def forget_kept() -> None:
+    """What the model keeps from run to run is of the run before, whose memory is forgotten: it is to be made again."""
+    for kept in (attention.clip_mask, rope.chunk_rotation, rope._time_shift):
+        kept.cache_clear()
 
 
 @contextmanager
@@ -31,7 +37,7 @@ def on_fake_models(mode: OnDevice) -> Iterator[None]:
         (WanTransformer3DModel, "enable_group_offload", _offloaded(mode.counts)),
     ]
     with ExitStack() as stack:
-        stack.callback(attention.clip_mask.cache_clear)  # made of fake tensors
+        stack.callback(forget_kept)  # made of fake tensors
         for owner, name, value in replaced:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
