@@ -191,9 +191,12 @@ class CausalWanAttnProcessor:
                 query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
             if memory is not None and memory.context is not None:
                 memory.leave(*unrotated)
-                key, value = memory.with_history(attn, unrotated[0], key, value)
+                # Two calls: where one breaks the graph and once nothing comes after it, dynamo never compiles
+                # what comes after that call again.
                 if memory.only_kv:
+                    memory.with_history(attn, unrotated[0], key, value)
                     return None
+                key, value = memory.with_history(attn, unrotated[0], key, value)
         out = attend(query, key, value, self._attention_backend, attention_mask)  # [B, L, H, D]
         out = attn.to_out[0](out.flatten(2).type_as(hidden_states))  # [B, L, dim]
         return attn.to_out[1](out)

@@ -205,10 +205,10 @@ class CausalWanBlock(WanTransformerBlock):
             return scaled(x, update, gate[:, :, None])
 
         x = modulate(self.norm1, hidden_states, scale, shift)  # [B, L, dim]
-        update = self.attn1(x, None, mask, rotary_emb, **memory)
-        if only_kv:
+        if only_kv:  # see `CausalWanAttnProcessor`
+            self.attn1(x, None, mask, rotary_emb, **memory)
             return None
-        hidden_states = residual(hidden_states, update, gate)
+        hidden_states = residual(hidden_states, self.attn1(x, None, mask, rotary_emb, **memory), gate)
 
         x = self.norm2(hidden_states)
         text, parts = encoder_hidden_states, x
