@@ -4,7 +4,7 @@
 # checkpoint, finished ones take seconds.
 #
 #   bash scripts/train_tiny.sh                              # all stages
-#   STAGES="consistency dmd" bash scripts/train_tiny.sh     # some
+#   STAGES="teacher_motion dmd" bash scripts/train_tiny.sh     # some
 #   bash scripts/train_tiny.sh train.checkpoint_every=100   # settings for every stage
 set -euo pipefail
 
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 bin=$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && echo .venv/bin/ || true)
 export OMP_NUM_THREADS=1 # a rank a core; two threads in one rank would wait for each other in every operation
 
-single="vae vae_cuts teacher ar_diffusion teacher_motion consistency dmd"
+single="vae vae_cuts teacher ar_diffusion teacher_motion dmd"
 stories="story_stills story_ar story_compressor story_dmd story_memory"
 for stage in ${STAGES:-$single $stories}; do
   echo "== $stage"

@@ -28,7 +28,7 @@ def test_every_stage_goes_on_from_the_one_before(tmp_path):
         copy(ROOT / part, tmp_path / part)
     run(tmp_path, "bash", "scripts/train_tiny.sh", *SHORT)
     again = run(tmp_path, "bash", "scripts/train_tiny.sh", *SHORT)
-    assert again.count("resumed from") == 6
+    assert again.count("resumed from") == 11
     options = ["--config_path=configs/tiny/demo.yaml", "--data_path=prompts/tiny_demo.txt", "--output_folder=videos"]
-    run(tmp_path, sys.executable, "inference_packforcing.py", *options, "--seconds=2", "model.bundle=runs/dmd/bundle")
+    run(tmp_path, sys.executable, "inference_packforcing.py", *options, "--seconds=2", "model.bundle=runs/story_memory/bundle")
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
