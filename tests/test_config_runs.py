@@ -61,7 +61,7 @@ def micro(world: Path, path: Path, logdir: Path) -> list[str]:
     if train_.text_from is not None:
         overrides["train.text_from"] = world / "bundle"
     if train_.init_from is not None:
-        overrides["train.init_from"] = world / "teacher"
+        overrides["train.init_from"] = world / ("bundle/vae" if train_.stage == "vae" else "teacher")
     if train_.phases:
         overrides["train.phases"] = f"[{{steps: 1, frames: {train_.phases[-1].frames}, batch_size: 1}}]"
     if data.kind == "latents":  # drawn in place of prepared
