@@ -30,5 +30,6 @@ def test_every_stage_goes_on_from_the_one_before(tmp_path):
     again = run(tmp_path, "bash", "scripts/train_tiny.sh", *SHORT)
     assert again.count("resumed from") == 11
     options = ["--config_path=configs/tiny/demo.yaml", "--data_path=prompts/tiny_demo.txt", "--output_folder=videos"]
-    run(tmp_path, sys.executable, "inference_packforcing.py", *options, "--seconds=2", "model.bundle=runs/story_memory/bundle")
+    options += ["--seconds=2", "model.bundle=runs/story_memory/bundle"]
+    run(tmp_path, sys.executable, "inference_packforcing.py", *options)
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 2
