@@ -158,7 +158,7 @@ class VAEStage(Stage):
         video = to_video(np.stack(clips)).to(self.device)
         (frames, height, width), stride = video.shape[2:], self.vae.config.scale_factor_spatial
         frames = 1 + (frames - 1) // self.vae.config.scale_factor_temporal
-        shape = (self.config.vae.z_dim, frames, height // stride, width // stride)
+        shape = (self.vae.config.z_dim, frames, height // stride, width // stride)
         noise = [keyed_randn(shape, self.config.seed, "posterior", step, index) for index in sample_indices]
         most = self.config.vae.latent_noise
         std = [most * np.random.default_rng([self.config.seed, step, index, 1]).random() for index in sample_indices]
