@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from scripts import bench_inference, bench_train
+from scripts import bench_inference, bench_train, soak
+from tests import tiny
 from utils import timing
 from utils.timing import Stopwatch
+from utils.video import read_video
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,46 @@ def test_parts_of_a_generated_chunk(config, capsys):
     seconds = found["seconds_per_chunk"]
     assert 0 < seconds["commit"] < seconds["total"] and found["floor_ratio"] > 1
     assert found["overlap"] is None and found["kv"]["mid"]["tokens"] > 0 and found["peak_bytes"] > 2**20
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Six chunks are enough."""
+    monkeypatch.setattr(soak, "SETTLED", 2)
+    monkeypatch.setattr(soak, "WINDOW", 2)
+
+
+def test_a_long_run_costs_at_its_end_what_it_did_at_its_start(config, capsys, short):
+    assert soak.main([config, "--chunks=9", "cache.mid_capacity=2"]) == 0
+    found = last_line(capsys)
+    rows = found["rows"]
+    assert [row["chunk"] for row in rows] == [4, 5, 6, 7, 8, 9] and found["attended_bytes_ratio"] == 1
+    assert rows[-1]["archive_bytes"] == 2 * rows[0]["archive_bytes"] > 0  # of the most that it may hold
+    assert rows[-1]["tensor_bytes"] == rows[-3]["tensor_bytes"] > rows[-1]["attended_bytes"] > 0
+    assert all(row["resident_bytes"] > row["tensor_bytes"] for row in rows)
+
+
+def test_what_is_kept_of_every_chunk_is_seen(config, capsys, short, monkeypatch):
+    kept, row_of = [], soak.row_of
+    monkeypatch.setattr(soak, "row_of", lambda *found: kept.append(torch.zeros(2**20)) or row_of(*found))
+    assert soak.main([config, "--chunks=6"]) == 0
+    first, *_, last = last_line(capsys)["rows"]
+    assert last["tensor_bytes"] - first["tensor_bytes"] >= 2 * 2**22
+
+
+def test_a_long_run_into_a_video(tmp_path, capsys, short):
+    world, file = tiny.write_world(tmp_path), tmp_path / "new" / "long.mp4"
+    assert soak.main([f"--config_path={world / 'config.yaml'}", "--seconds=3", f"--decode={file}"]) == 0
+    found = last_line(capsys)
+    assert found["file_bytes"] == file.stat().st_size > 0 and found["chunks"] == 7
+    assert len(read_video(file)) == 16 * found["video_seconds"]
+
+
+def test_a_run_too_short_or_into_no_video_is_one_line(config, capsys):
+    wrong = (["--chunks=249"], "249 chunks are too few"), (["--chunks=250", "--decode=a.avi"], "must end in .mp4")
+    for arguments, message in wrong:
+        assert soak.main([config, *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 class Machine:
