@@ -37,9 +37,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import torch
 from diffusers import AutoencoderKLWan
 
-from model.weights import content_hash
 from pipeline.bundle import vae_shape_of
-from pipeline.data.clips import LatentClips, check_clips, data_folder, write_clips
+from pipeline.data.clips import LatentClips, check_clips, data_folder, vae_mark, write_clips
 from pipeline.data.prompts import data_prompts, fixed_prompts, read_prompts
 from pipeline.data.text import TextEmbeddings, embed_prompts
 from pipeline.data.vae_clip import encode_frames
@@ -68,7 +67,7 @@ def prepare(config: Config, arguments: argparse.Namespace, device: torch.device,
     vae = load_library_model(AutoencoderKLWan, encoder, torch.float32).to(device)
     encode = partial(encode_frames, vae, whole=False)
     source = VideoClips(videos, Path(arguments.videos), data.clip_frames, video.fps, video.height, video.width)
-    skipped = write_clips(source, encode, content_hash(encoder), folder, world,
+    skipped = write_clips(source, encode, vae_mark(encoder, folder), folder, world,
                           shard_size=data.shard_size, workers=data.workers)  # fmt: skip
     for clip, reason in skipped.items():
         log.warning("left out: %s: %s", clip, reason)

@@ -10,9 +10,8 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from model.weights import content_hash
 from pipeline.bundle import transformer_settings, vae_shape_of
-from pipeline.data.clips import CLIPS
+from pipeline.data.clips import CLIPS, encoder_mark
 from pipeline.data.prompts import fixed_prompts
 from pipeline.data.shards import ShardWriter
 from pipeline.data.text import EmbeddingWriter
@@ -106,7 +105,7 @@ def write_latents(config: Config, folder: Path) -> None:
     save_file({"none": torch.zeros(1)}, folder / "vae" / "diffusion_pytorch_model.safetensors")
     size = vae.size(config.video)
     frames, prompts = vae.latent_frames(config.data.clip_frames), ["prompt 0", "prompt 1"]
-    plan = {"vae": content_hash(folder / "vae"), "clips": 2}
+    plan = {"vae": encoder_mark(folder / "vae"), "clips": 2}
     for name, length in (("clips", frames), ("stills", 1)):
         latents = keyed_randn((2, config.model.in_channels, length, *size), name).half()
         writer = ShardWriter(folder / name, CLIPS, plan, 1, World())

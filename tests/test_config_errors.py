@@ -132,6 +132,11 @@ def test_a_wrong_override_blames_the_command_line(tmp_path, override):
     assert OVERRIDES[override] in message and "\n" not in message and "good.yaml" not in message
 
 
+def test_a_window_of_frames_has_no_positions_that_fit():
+    with pytest.raises(ConfigError, match="`cache.temporal` is fit: with cache.kind=deep_forcing"):
+        load_config("configs/tiny/demo.yaml", ["cache.kind=deep_forcing"])
+
+
 def test_no_is_a_word(tmp_path):
     (tmp_path / "no.yaml").write_text("train: {mixed_precision: no, compile: no}\nsampler: {negative_prompt: no}")
     config = load_config(tmp_path / "no.yaml", ["model.random_init=yes"])
@@ -158,7 +163,7 @@ def test_a_typo_is_answered_before_torch_is_imported():
     assert len(lines) == len(names) and all("`cache.top_k`" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["ablate", "bench_inference", "bench_train", "evaluate", "prepare_data"])
+@pytest.mark.parametrize("name", ["ablate", "bench_inference", "bench_train", "evaluate", "prepare_data", "soak"])
 def test_a_script_answers_a_typo_before_torch_is_imported(name):
     command = [sys.executable, "-X", "importtime", "-m", f"scripts.{name}", "--config_path", "configs/tiny/demo.yaml"]
     done = subprocess.run([*command, "cache.topk=1"], cwd=ROOT, capture_output=True, text=True)

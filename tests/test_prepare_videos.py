@@ -1,6 +1,7 @@
 """A folder of videos becomes latents that a stage trains on; what is broken is named and left out."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import av
@@ -12,6 +13,7 @@ from tiny import write_bundle
 
 import inference_packforcing
 import train
+from model.weights import content_hash
 from pipeline.data import shards
 from pipeline.data.clips import LatentClips, write_clips
 from pipeline.data.latents import LatentData
@@ -339,6 +341,34 @@ def test_latents_of_another_vae_or_size_are_refused(prepared, videos, bundle, tm
     config = load_config(tmp_path / "config.yaml", [*options, f"data.vae={bundle / 'vae'}", "video.width=64"])
     with pytest.raises(ConfigError, match="of 32x48 videos"):
         LatentData.load(config, CPU, World())
+
+
+def test_a_vae_with_another_decoder_takes_the_latents(prepared, videos, bundle, tmp_path):
+    assert prepared(f"--videos={videos}") == 0
+    folder, vae = tmp_path / "latents" / "clips", tiny_vae().from_pretrained(bundle / "vae")
+
+    def load(**changed):
+        for name, tensor in vae.state_dict().items():
+            tensor.add_(0.5 if name.startswith(changed.get("part", "none")) else 0)
+        vae.register_to_config(latents_std=changed.get("std", vae.config.latents_std))
+        vae.save_pretrained(tmp_path / "changed")
+        options = [f"data.path={tmp_path / 'latents'}", f"data.vae={tmp_path / 'changed'}"]
+        return LatentData.load(load_config(tmp_path / "config.yaml", options), CPU, World())
+
+    assert load(part="decoder.").frames == load(part="post_quant_conv").frames == 2
+    plan = json.loads((folder / "plan.json").read_text())
+    for change in ({"std": [2.0] * 4}, {"std": [1.0] * 4, "part": "encoder.conv_out"}, {"part": "quant_conv"}):
+        with pytest.raises(ConfigError, match="are of another VAE$"):
+            load(**change)
+    for name, works in (("changed", True), ("bundle", False)):  # as earlier versions marked them
+        where = bundle / "vae" if name == "bundle" else tmp_path / name
+        (folder / "plan.json").write_text(json.dumps(plan | {"vae": content_hash(where)}))
+        with nullcontext() if works else pytest.raises(ConfigError, match="with another decoder.*encode them again"):
+            load()
+    (folder / "plan.json").write_text(json.dumps(plan | {"vae": content_hash(bundle / "vae")}))
+    (folder / "shard-00000.safetensors").unlink()
+    assert prepared(f"--videos={videos}") == 0  # goes on under the mark that is there
+    assert json.loads((folder / "plan.json").read_text())["vae"] == content_hash(bundle / "vae")
 
 
 def test_usage_errors_are_one_line(prepared, videos, tmp_path, capsys):

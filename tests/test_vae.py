@@ -1,6 +1,7 @@
 """The VAE stage, and the VAE that ships: whole-clip passes equal the library's chunked ones, and readings survive."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,20 @@ def test_cuts_fall_between_latent_frames():
     without.config.train.phases[-1].frames = 9
     change = without.batch(3, [0])["video"].diff(dim=2).abs().mean(dim=(0, 1, 3, 4))
     assert change.max() < 1.5 * change.median()
+
+
+def _shapes(vae):
+    return {name: parameter.shape for name, parameter in vae.named_parameters()}
+
+
+def test_the_shape_of_a_vae_is_known_without_its_weights(tmp_path):
+    vae = AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+                           latents_mean=[0.0] * 2, latents_std=[1.0] * 2)  # fmt: skip
+    vae.save_config(tmp_path)
+    config = replace(small_stage().config, train=TrainConfig(stage="vae", init_from=str(tmp_path)))
+    with torch.device("meta"):
+        (found,) = VAEStage.trained(config)
+    assert _shapes(found) == _shapes(vae)
 
 
 def test_a_frozen_encoder_keeps_its_latents(tmp_path):

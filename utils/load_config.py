@@ -211,6 +211,8 @@ def validate(config: Config) -> None:
     for name in ("sink", "recent"):
         in_chunks = cache.unit == SizeUnit.chunks or cache.kind == CacheKind.deep_forcing
         need(f"cache.{name}", in_chunks or getattr(cache, name) % chunk == 0, f"as frames it {multiple}")
+    need("cache.temporal", cache.kind != CacheKind.deep_forcing or cache.temporal != "fit",
+         "with cache.kind=deep_forcing it must be packed or absolute")  # fmt: skip
     need("cache.mid_capacity", cache.mid_capacity == "auto" or not isinstance(cache.mid_capacity, str),
          "must be a number of chunks, auto, or null for an unbounded archive")  # fmt: skip
     need("cache.compressor.channels", cache.compressor.channels, "needs a stage")

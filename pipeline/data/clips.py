@@ -2,9 +2,11 @@
 
 Format: `pipeline/data/shards.py`; `latents` float16 [N, C, F, H, W], normalised to mean 0 and std 1 by the VAE's own
 statistics, and as a record `caption` with whatever else the source knows. A shard also notes `skipped`: clip -> why it
-could not be used.
+could not be used. The plan's `vae` says what encoded them (`vae_mark`).
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +21,18 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pipeline.data.shards import Shards, ShardWriter, read_notes, read_plan, shard_path
+from model.weights import content_hash, read_files
+from pipeline.data.shards import PLAN, Shards, ShardWriter, read_notes, read_plan, shard_path
 from utils.config import Config, ConfigError, require
 from utils.distributed import World
+from utils.files import read_json
 from utils.rng import keyed_generator
 from utils.sprites.story import first_frame, render_stills, render_story, sample_story
 from utils.sprites.world import caption, render, sample_spec
 
 CLIPS, COMMAND = "clips", "python -m scripts.prepare_data"
 SHARD_CLIPS = 256
+WHOLE = 64  # characters of a whole VAE's hash
 FRAMES_AT_ONCE = 384  # bounds the encoder's memory
 
 
@@ -35,6 +40,27 @@ def data_folder(config: Config) -> Path:
     """`data.path`, where latents are. Raises `ConfigError` where it is not set."""
     require(config, "data.path", config.data.path, "name the folder of latent shards")
     return Path(config.data.path)
+
+
+def encoder_mark(vae: Path) -> str:
+    """Names what latents of the VAE in a folder are a function of, its encoder and statistics, by their SHA-256: with
+    another decoder it is the same."""
+    settings, weights = read_json(vae / "config.json"), read_files(vae)
+    statistics = [settings.get(name) for name in ("latents_mean", "latents_std", "patch_size")]
+    digest = hashlib.sha256(json.dumps(statistics).encode())
+    for name in sorted(name for name in weights if name.startswith(("encoder.", "quant_conv."))):
+        tensor = weights[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return f"encoder {digest.hexdigest()}"
+
+
+def vae_mark(vae: Path, folder: Path) -> str:
+    """What the plan of `folder` calls the VAE in the folder `vae` where the latents are of that: `encoder_mark`, but
+    its whole hash in folders that were written with it. Raises `ConfigError` for a damaged plan."""
+    written = str(read_plan(folder, CLIPS, COMMAND).get("vae")) if (folder / PLAN).is_file() else "None"
+    is_whole = len(written) == WHOLE and written == content_hash(vae)
+    return written if is_whole else encoder_mark(vae)
 
 
 class ClipSource(Protocol):
@@ -110,7 +136,7 @@ class StoryClips:
 def write_clips(
     source: ClipSource,
     encode: Callable[[np.ndarray], torch.Tensor],
-    vae_hash: str,
+    vae: str,
     folder: Path,
     world: World,
     batch: int = 1,
@@ -119,13 +145,13 @@ def write_clips(
 ) -> dict[str, str]:
     """Encode the clips of `source` into `folder`, the ranks taking shards in turn; finished shards are kept.
 
-    `encode`: uint8 [B, F, H, W, 3] -> normalised latents [B, C, f, h, w], `batch` clips at once; `workers`: processes
-    per rank that read clips, 0: this one. Returns clip -> why it was left out, of all ranks' shards, to the rank that
-    ends last; to the others nothing. Raises `ConfigError` where `folder` holds latents of another source or VAE, or no
-    clip was usable.
+    `encode`: uint8 [B, F, H, W, 3] -> normalised latents [B, C, f, h, w], `batch` clips at once; `vae`: its `vae_mark`;
+    `workers`: processes per rank that read clips, 0: this one. Returns clip -> why it was left out, of all ranks'
+    shards, to the rank that ends last; to the others nothing. Raises `ConfigError` where `folder` holds latents of
+    another source or VAE, or no clip was usable.
     """
     count = len(source)
-    plan = {**source.made_by, "clips": count, "shard_size": shard_size, "vae": vae_hash}
+    plan = {**source.made_by, "clips": count, "shard_size": shard_size, "vae": vae}
     writer = ShardWriter(folder, CLIPS, plan, -(-count // shard_size), world)
     mine = {number: range(count)[number * shard_size :][:shard_size] for number in writer.share()}
     order = [index for members in mine.values() for index in members]
@@ -159,7 +185,7 @@ def write_clips(
 
 class LatentClips:
     """A finished folder of N latents of `shape` (C, F, H, W). A record has the clip's caption and what else the source
-    said; `made_by` what the clips are a function of, `vae` being the VAE's hash."""
+    said; `made_by` what the clips are a function of, `vae` being the VAE's mark."""
 
     def __init__(self, folder: str | Path):
         """Raises `ConfigError` for a folder that is absent, unfinished, empty or inconsistent."""

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from model.weights import content_hash
 from pipeline.bundle import vae_shape_of
 from pipeline.data.clips import (
     FRAMES_AT_ONCE,
+    WHOLE,
     ClipSource,
     LatentClips,
     SpriteClips,
     StoryClips,
     data_folder,
+    vae_mark,
     write_clips,
 )
 from pipeline.data.vae_clip import channels_last, encode_frames
@@ -129,7 +130,8 @@ def _encode_missing(
     for name, source in sources.items():
         encode = _encode_stills if name == "stories" and source.stills else encode_frames
         batch = max(1, FRAMES_AT_ONCE // source.frames)
-        write_clips(source, partial(encode, vae), content_hash(vae_folder), root / name, world, batch)
+        mark = vae_mark(vae_folder, root / name)
+        write_clips(source, partial(encode, vae), mark, root / name, world, batch)
         barrier(world)  # finished on every rank before one reads it
 
 
@@ -141,8 +143,10 @@ def _encode_stills(vae: AutoencoderKLWan, frames: np.ndarray) -> torch.Tensor:
 
 def _check_latents(clips: LatentClips, folder: Path, vae_folder: Path, config: Config) -> None:
     """Raise `ConfigError` where latents are of another VAE than `data.vae`, or of another size than `video`."""
-    same = clips.made_by["vae"] == content_hash(vae_folder)
-    require(config, "data.vae", same, f"the latents in {folder} are of another VAE")
+    mark, problem = str(clips.made_by["vae"]), f"the latents in {folder} are of another VAE"
+    if len(mark) == WHOLE:
+        problem += " (or of this encoder with another decoder: they were marked with all of it; encode them again)"
+    require(config, "data.vae", mark == vae_mark(vae_folder, folder), problem)
     stride, video = vae_shape_of(vae_folder).spatial_stride, config.video
     height, width = (stride * size for size in clips.shape[-2:])
     if (height, width) != (video.height, video.width):

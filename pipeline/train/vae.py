@@ -26,6 +26,7 @@ from pipeline.train.plan import StepPlan
 from pipeline.train.samples import write_samples
 from utils.config import Config
 from utils.distributed import World
+from utils.files import read_json
 from utils.rng import keyed_randn
 from utils.sprites.world import HELD_OUT_START, SpriteSpec, caption, render, render_layers, sample_spec
 from utils.train_config import VAEConfig
@@ -105,11 +106,14 @@ def latent_statistics(vae: AutoencoderKLWan, clips: Iterable[torch.Tensor]) -> t
     return mean.tolist(), (square - mean.square()).sqrt().tolist()
 
 
-def _start(config: Config) -> AutoencoderKLWan:
-    """The VAE as training begins: `train.init_from`'s, or a fresh one of `vae`'s shape."""
+def _start(config: Config, only_shape: bool = False) -> AutoencoderKLWan:
+    """The VAE as training begins: `train.init_from`'s (with `only_shape` as its config describes it, no weights read),
+    or a fresh one of `vae`'s shape."""
     if config.train.init_from is None:
         return build_vae(config.vae)
     folder = need_folder(config.train.init_from, "train.init_from", "a VAE")
+    if only_shape:
+        return AutoencoderKLWan.from_config(read_json(folder / "config.json"))
     return load_library_model(AutoencoderKLWan, folder, torch.float32)
 
 
@@ -119,7 +123,7 @@ class VAEStage(Stage):
 
     @classmethod
     def trained(cls, config: Config) -> list[nn.Module]:
-        return [_start(config)]
+        return [_start(config, only_shape=True)]
 
     def __init__(self, config: Config, device: torch.device, world: World):
         self.config, self.device = config, device
