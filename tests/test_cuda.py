@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import attend, best_backend, clip_mask, matmul_attention
 from pipeline.train import roles
+from pipeline.train.compiled import compile_blocks
 from pipeline.train.parallel import shard_model
 from tests.toy import CHANNELS, LATENT, randn, toy_cache, toy_chunk, toy_config, toy_model, toy_prompt
 from utils.config import Config
@@ -30,6 +31,10 @@ class OperationCounter(TorchDispatchMode):
     def __init__(self, names):
         super().__init__()
         self.names, self.calls = names, 0
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True  # or what is compiled would not run so in here
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += func.name().split(".")[0] in self.names
@@ -104,20 +109,47 @@ def test_gradients_of_sharded_weights_on_one_rank(tmp_path, compiled):
         dist.destroy_process_group()
 
 
-def test_what_attention_gave_is_kept_under_checkpointing(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_attention_gave_is_kept_under_checkpointing(monkeypatch, compiled):
     kept, config, text = {"aten::bmm", *roles.ATTENTION}, Config(), toy_prompt()
     monkeypatch.setattr(roles, "ATTENTION", kept)  # bmm: what a CPU attends by
     clips, calls, gradients = [randn(1, CHANNELS, 6, *LATENT, seed=seed) for seed in range(2)], [], []
     for keeps in (False, True):
+        graphs = counters["stats"]["unique_graphs"]
         monkeypatch.setattr(roles, "keeps_attention", lambda *_, keeps=keeps: keeps)
+        config.train.compile = compiled
         model = roles.prepare(toy_model().train(), config, DEVICE).to(DEVICE)
+        if compiled:
+            torch.compiler.reset()
+            operators = roles.attention_operators() if keeps else ()
+            compile_blocks(model, operators, backend="inductor" if ON_GPU else "aot_eager", dynamic=False)
         with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=not keeps):
             with torch.no_grad():
                 model(clips[0].to(DEVICE), torch.tensor([500.0], device=DEVICE), text.to(DEVICE))
             out = model(clips[1].to(DEVICE), torch.tensor([500.0], device=DEVICE), text.to(DEVICE)).sample
         with OperationCounter(kept) as counter:
             out.float().square().mean().backward()
+        assert not compiled or counters["stats"]["unique_graphs"] > graphs
         calls.append(counter.calls)
         gradients.append(model.blocks[0].attn1.to_k.weight.grad.float().cpu())
     close(gradients[1], gradients[0], 1e-2 * ON_GPU)
     assert calls[1] < calls[0]
+
+
+def test_chunks_of_a_cache_train_compiled_blocks_that_keep_attention(monkeypatch):
+    monkeypatch.setattr(roles, "ATTENTION", ("aten::bmm", *roles.ATTENTION))
+    text, gradients = toy_prompt().to(DEVICE), []
+    for compiled in (False, True):
+        model = roles.prepare(toy_model().train(), Config(), DEVICE).to(DEVICE)
+        if compiled:
+            torch.compiler.reset()
+            compile_blocks(model, roles.attention_operators(), backend="inductor" if ON_GPU else "aot_eager")
+        cache = toy_cache(model, toy_config())
+        for index in range(2):
+            context, latents = cache.context(), toy_chunk(index).to(DEVICE)
+            out = model(latents, torch.tensor([500.0], device=DEVICE), text, context=context)
+            with torch.no_grad():
+                cache.commit(model(latents, torch.tensor([0.0], device=DEVICE), text, context=context).kv, context)
+        out.sample.square().mean().backward()
+        gradients.append(model.blocks[0].attn1.to_k.weight.grad.cpu())
+    close(gradients[1], gradients[0], 1e-2)

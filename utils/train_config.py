@@ -52,7 +52,7 @@ class TrainConfig:
     shard_size: int | None = within("[1, 1e6]", None)  # hybrid: ranks that share a copy; null: those of one machine
     reshard: Reshard = Reshard.never  # of the weights that a rollout's forwards gather
     gradient_checkpointing: bool = True
-    keep_attention: bool = True  # under checkpointing: its outputs are kept, not computed again (CUDA, not `compile`)
+    keep_attention: bool = True  # under checkpointing: its outputs are kept, not computed again (CUDA)
     compile: bool = False
     checkpoint_every: int = within("[1, 1e9]", 250)
     keep_checkpoints: int = within("[1, 1e6]", 2)

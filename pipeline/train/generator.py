@@ -22,9 +22,11 @@ from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import random_model
 from pipeline.sources import need_folder, vae_folder
 from pipeline.text import check_heads
+from pipeline.train.compiled import compile_blocks
 from pipeline.train.export import save_exported, swapped_in
 from pipeline.train.method import Stage, Weights
-from pipeline.train.parallel import models_of
+from pipeline.train.parallel import keeps_attention, models_of
+from pipeline.train.roles import attention_operators
 from pipeline.train.samples import write_samples
 from pipeline.train.text import TextConditioning
 from utils.choices import TextPlacement
@@ -84,11 +86,11 @@ class GeneratorStage(Stage):
 
     def compile(self) -> None:
         torch._dynamo.config.recompile_limit = 32  # a variant per clip length of the curriculum, not per block
+        kept = attention_operators() if keeps_attention(self.config, self.device) else ()
         for module in (*self.modules.values(), *self.targets.values(), *self.frozen.values()):
             for model in models_of(module):
                 if isinstance(model, WanTransformer3DModel):
-                    for block in model.blocks:
-                        block.compile(dynamic=False if model is self.transformer else None)
+                    compile_blocks(model, kept, dynamic=False if model is self.transformer else None)
 
     def vae(self) -> AutoencoderKLWan:
         return AutoencoderKLWan.from_pretrained(self.vae_folder).eval().to(self.device)

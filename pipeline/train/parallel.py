@@ -89,10 +89,8 @@ def prepare_stage(stage: Stage, config: Config, world: World, device: torch.devi
 
 
 def keeps_attention(config: Config, device: torch.device) -> bool:
-    """Whether checkpointing keeps what attention gave: not on a CPU, where matrix products stand for it, nor of
-    compiled blocks, whose kernels may write over what was kept."""
-    train = config.train
-    return train.gradient_checkpointing and train.keep_attention and not train.compile and device.type == "cuda"
+    """Whether checkpointing keeps what attention gave: not on a CPU, where matrix products stand for it."""
+    return config.train.gradient_checkpointing and config.train.keep_attention and device.type == "cuda"
 
 
 def _place(part: nn.Module, model: nn.Module, device: torch.device) -> None:

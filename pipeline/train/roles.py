@@ -145,13 +145,13 @@ def prepare(model, config: Config, device: torch.device, dtype: torch.dtype = to
         model.set_attention_backend(best_backend(device, trains))
     if config.train.gradient_checkpointing and trains:
         context = {}
-        if keeps_attention(config, device):
-            context["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_operators())
+        if keeps_attention(config, device) and not config.train.compile:  # of those see `compile_blocks`
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, attention_operators())
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **context))
     return model
 
 
-def _attention_operators() -> list[torch._ops.OpOverload]:
+def attention_operators() -> list[torch._ops.OpOverload]:
     """Those of `ATTENTION` that are installed."""
     names = (name.split("::") for name in ATTENTION)
     packets = (getattr(getattr(torch.ops, library), name, None) for library, name in names)
