@@ -3,6 +3,7 @@
 Shape letters: B batch, L queries, M keys, H heads, D head dim.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.rope import Rotation
+from model.sequence import Ranks
 
 
 def best_backend(device: torch.device | str, trains: bool = False) -> str:
@@ -155,6 +157,12 @@ def project(attn: WanAttention, x: torch.Tensor, parts: str) -> list[torch.Tenso
     return [tokens.unflatten(2, (attn.heads, -1)) for tokens in normed]
 
 
+def own_heads(attn: WanAttention, projected: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Of tokens that every rank of a video has [B, M, H, D] each, the heads that this one attends [B, M, H / P, D]."""
+    ranks = Ranks.of(getattr(attn.processor, "_parallel_config", None))
+    return projected if ranks is None else [ranks.part(x, 2) for x in projected]
+
+
 class CausalWanAttnProcessor:
     """Attention of a Wan block: over a clip under a mask, over a chunk and its history, or over the prompt.
 
@@ -179,6 +187,7 @@ class CausalWanAttnProcessor:
         `rotary_emb`: a `Rotation`, or Wan's table (cos, sin). `memory`: `model.block.LayerMemory` of the layer; None
         where it wants K, V only.
         """
+        ranks = None if attn.is_cross_attention else Ranks.of(self._parallel_config)
         if attn.is_cross_attention:
             (query,) = project(attn, hidden_states, "q")
             if memory is None:
@@ -187,6 +196,11 @@ class CausalWanAttnProcessor:
                 key, value = memory.text(attn, encoder_hidden_states)
         else:
             query, key, value = unrotated = project(attn, hidden_states, "qkv")
+            is_whole = ranks is not None and memory is not None and memory.is_small  # no rank has but a part of it
+            if is_whole:
+                query, key, value = unrotated = own_heads(attn, unrotated)  # [B, L, H / P, D] each
+            elif ranks is not None:
+                query, key, value = unrotated = ranks.to_heads(*unrotated)  # [B, L / P, H, D] -> [B, L, H / P, D] each
             if rotary_emb is not None:
                 query, key = _rotate(query, rotary_emb), _rotate(key, rotary_emb)
             if memory is not None and memory.context is not None:
@@ -198,6 +212,8 @@ class CausalWanAttnProcessor:
                     return None
                 key, value = memory.with_history(attn, unrotated[0], key, value)
         out = attend(query, key, value, self._attention_backend, attention_mask)  # [B, L, H, D]
+        if ranks is not None:
+            out = ranks.gathered(out, 2) if is_whole else ranks.to_tokens(out)  # of all H heads
         out = attn.to_out[0](out.flatten(2).type_as(hidden_states))  # [B, L, dim]
         return attn.to_out[1](out)
 

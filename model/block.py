@@ -16,7 +16,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch.nn.functional import layer_norm
 
-from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, TanhGELU, exact, project
+from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, TanhGELU, exact, own_heads, project
 from model.kv import History, LayerKV, MidTokens, Pair, Room
 from model.rope import Rotation
 
@@ -85,7 +85,8 @@ class LayerMemory:
         if self.mid_tokens is not None and self.selected.shape[1]:
             chunk_ids = self.mid_tokens.chunk_ids
             if self.mid_kv is None:
-                mid = project(attn, _gather_chunks(self.mid_tokens.hidden, chunk_ids, self.selected), "kv")
+                hidden = _gather_chunks(self.mid_tokens.hidden, chunk_ids, self.selected)
+                mid = own_heads(attn, project(attn, hidden, "kv"))
             else:
                 mid = tuple(_gather_chunks(x, chunk_ids, self.selected) for x in self.mid_kv)
         keys, values = self.context.extend(self.layer, self.selected, rotated_key, value, mid)
@@ -159,7 +160,7 @@ class CausalWanBlock(WanTransformerBlock):
             hidden_states = self._run(hidden_states, *arguments)
         if memory.new_mid is not None and memory.left is not None:
             if memory.new_mid.frames is None:
-                mid_key, mid_value = project(self.attn1, memory.new_mid.hidden[:, 0], "kv")
+                mid_key, mid_value = own_heads(self.attn1, project(self.attn1, memory.new_mid.hidden[:, 0], "kv"))
             else:
                 own = memory.passed.memories[-1:]
                 own[0].selected, own[0].text_pair = memory.selected, memory.text_pair

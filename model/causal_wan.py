@@ -29,6 +29,7 @@ from model.fresh_compressor import COMPRESSOR_PREFIX, FreshCompressor
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, ReadyHistory, TextKV
 from model.rope import Rotation, grid_positions, grid_rotation, precise
+from model.sequence import SequenceParallel
 
 
 @dataclass
@@ -38,7 +39,7 @@ class CausalWanOutput(Transformer2DModelOutput):
     kv: ChunkKV | None = None
 
 
-class CausalWanModel(FreshCompressor, WanTransformer3DModel):
+class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
     """Chunk-causal Wan2.1 T2V transformer.
 
     Takes `WanTransformer3DModel`'s settings (and loads its checkpoints), and:
@@ -53,7 +54,6 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
     _skip_layerwise_casting_patterns = [*WanTransformer3DModel._skip_layerwise_casting_patterns, "pack_compressor"]
-    _cp_plan = None
 
     @register_to_config
     def __init__(
@@ -201,7 +201,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
             wanted = return_kv and compress and history.compresses
             new_mid = compress_own(self, history, clean, low_res, modulation, text_kv) if wanted else None
 
-        x = x if kv is None else None
+        x, temb, modulation, text = self._own_part(x if kv is None else None, temb, modulation, text)
         layers = []
         for layer, block in enumerate(self.blocks):
             memory = None
@@ -242,6 +242,7 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
         """The history of the chunk x [B, L, dim]. Raises as `forward`."""
         ready = context if isinstance(context, ReadyHistory) else context.ready(len(self.blocks), x.device)
         ready.context.check_fits(x.shape[0], geometry)
+        self._check_cache(ready.context.cache)
         for block in self.blocks:
             processor = block.attn1.processor
             if not isinstance(processor, CausalWanAttnProcessor):
@@ -263,9 +264,8 @@ class CausalWanModel(FreshCompressor, WanTransformer3DModel):
             return None
         missing = self.config.text_len - prompt_embeds.shape[-2]
         if missing < 0:
-            raise ValueError(
-                f"prompt embeddings have {prompt_embeds.shape[-2]} tokens: text_len is {self.config.text_len}"
-            )
+            raise ValueError(f"prompt embeddings have {prompt_embeds.shape[-2]} tokens: text_len is "
+                             f"{self.config.text_len}")  # fmt: skip
         padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, ..., text_len, text_dim]
         return self.condition_embedder.text_embedder(padded)
 

@@ -117,6 +117,13 @@ class InferenceConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Of inference; training has `train.sharding`."""
+
+    sequence: int = within("[1, 1024]", 1)  # ranks that make one video together, each with a part of the heads
+
+
+@dataclass
 class Config:
     """The whole. Sections are documented at their classes."""
 
@@ -126,6 +133,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)

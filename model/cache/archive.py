@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from model.cache.precision import Kept, keep
+from model.sequence import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +28,17 @@ class Archive:
         like: compressed K of a chunk [B, N_c, heads, D], of one of `layers` layers.
         device: where K, V and latents wait.
         precision: of K and V, a name of `precision.PRECISIONS`; None: that of the model.
+        ranks: that make the video, each with heads of its own; they select from the same chunks.
     """
 
     def __init__(
         self, capacity: int | str | None, pending: int, layers: int, like: torch.Tensor, device: str,
-        precision: str | None,
+        precision: str | None, ranks: Ranks | None = None,
     ):  # fmt: skip
         self.device, self.layers = torch.device(device), layers
         if capacity == "auto":
             capacity = auto_capacity(2 * layers * keep(like, precision).nbytes, self.device)
+            capacity = capacity if ranks is None else min(ranks.from_all(capacity))
         self.capacity, self.size = capacity, None if capacity is None else capacity + pending
         self._shape, self._dtype, self._precision = like.shape[1:], like.dtype, precision
         self._kv: list[tuple[Kept, Kept]] = []  # per layer [B, rows, N_c, heads, D]

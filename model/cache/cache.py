@@ -13,7 +13,6 @@ import torch
 from model.cache.archive import Archive
 from model.cache.context import ChunkContext
 from model.cache.precision import keep
-from model.cache.selection import mean_rotated
 from model.cache.state import UNBOUNDED, CacheState
 from model.cache.workspace import Buffers, PackedWorkspace, Workspace
 from model.causal_wan import CausalWanModel
@@ -40,7 +39,7 @@ class PackCache(CacheState):
             if stages[0] != stages[1]:
                 raise ConfigError(f"cache.compressor is {stages[1]}: the model was built with {stages[0]}")
         geometry = model.geometry(latent_height, latent_width)
-        return CACHES[config.kind](config, geometry, model.config.attention_head_dim, trained_frames)
+        return CACHES[config.kind](config, geometry, model.config.attention_head_dim, trained_frames, model.ranks)
 
     def rewind(self, most: int) -> int:
         """Forget the recent chunks, `most` of them, to commit them again in order; returns how many these are.
@@ -98,12 +97,13 @@ class PackCache(CacheState):
         key = mid[0][0]
         if self.selection.by_query:
             own = self.mid_rotation(0.0, key.device)
-            means = self._at_true_time(torch.stack([mean_rotated(key, own) for key, _ in mid]), chunk)
+            means = self._at_true_time(self.scored_means([key for key, _ in mid], own), chunk)
         if self.archive is None:
             config = self.config
             self.archive = Archive(
-                config.mid_capacity, self.layout.recent, len(mid), key, config.archive_device, config.mid_dtype
-            )
+                config.mid_capacity, self.layout.recent, len(mid), key, config.archive_device, config.mid_dtype,
+                self.ranks,
+            )  # fmt: skip
         seen = [x for x in (kv.latents, kv.low_res) if x is not None] if self.compressor.trainable else []
         self.archive.write(chunk - self.layout.sink, mid, means, seen)
 

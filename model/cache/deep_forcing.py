@@ -89,7 +89,8 @@ class DeepForcingContext(ChunkContext):
             queries = queries + tokens.queries[:, tokens.queries.shape[1] - self.last_frames :].sum(1)
         keys = tokens.keys[:, start:end].to(torch.float32, copy=True)
         turn_in_time(keys, time_part(tokens.times[:, start:end], cache.head_dim))
-        return (keys * queries[:, None]).sum((-2, -1))
+        scores = (keys * queries[:, None]).sum((-2, -1))
+        return scores if cache.ranks is None else cache.ranks.summed(scores)
 
     def extend(self, layer, selected, key, value, mid):
         """Keys and values of the history and the chunk itself; see `ChunkContext.extend`."""
@@ -147,7 +148,7 @@ class DeepForcingCache(PackCache):
     """History of one batch of videos, counted in latent frames. Raises `ConfigError` for settings that have no meaning
     for it."""
 
-    def __init__(self, config, geometry, head_dim, trained_frames):
+    def __init__(self, config, geometry, head_dim, trained_frames, ranks=None):
         def require(condition, setting, value, expected):
             if not condition:
                 raise ConfigError(f"cache.kind=deep_forcing: cache.{setting} is {value}: {expected}")
@@ -161,7 +162,7 @@ class DeepForcingCache(PackCache):
         require(room <= (config.window or 0), "window", config.window, f"must be at least {room}, sink and chunk")
         require(config.budget is None or least <= config.budget <= config.window, "budget", config.budget,
                 f"must be null, or from {least}, sink and recent, to cache.window={config.window}")  # fmt: skip
-        super().__init__(config, geometry, head_dim, trained_frames)
+        super().__init__(config, geometry, head_dim, trained_frames, ranks)
 
     def reset(self) -> None:
         super().reset()

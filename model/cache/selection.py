@@ -75,9 +75,9 @@ def scored_heads(num_heads: int) -> int:
     return max(1, num_heads // 2)
 
 
-def mean_rotated(tokens: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """tokens [B, L, H, D] -> float32 mean over L of the first half of the heads, rotated: [B, h, D]."""
-    return rotation(tokens[:, :, : scored_heads(tokens.shape[2])].float()).mean(1)
+def mean_rotated(tokens: torch.Tensor, rotation: Rotation, heads: int) -> torch.Tensor:
+    """tokens [B, L, H, D] -> float32 mean over L of the first `heads` of the heads, rotated: [B, heads, D]."""
+    return rotation(tokens[:, :, :heads].float()).mean(1)
 
 
 def affinity(mean_query: torch.Tensor, mean_keys: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,13 @@ import torch
 from model.cache.archive import Archive
 from model.cache.positions import POSITIONS, SPATIAL
 from model.cache.precision import PRECISIONS
-from model.cache.selection import SELECTIONS, mean_rotated, sampled_queries
+from model.cache.selection import SELECTIONS, mean_rotated, sampled_queries, scored_heads
 from model.cache.workspace import Workspace
 from model.compressor import COMPRESSORS
 from model.geometry import ChunkGeometry
 from model.kv import SmallFrame
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
+from model.sequence import Ranks
 from utils.choices import AtSwitch, CacheKind, QueryScope, SizeUnit
 from utils.config import CacheConfig, ConfigError
 
@@ -67,12 +68,17 @@ class CacheState:
         geometry: shape numbers of a chunk.
         head_dim: channels per attention head.
         trained_frames: latent frames seen in training; `fit` positions stay inside them.
+        ranks: that make the videos together; the cache holds the heads of this one.
 
     Raises `ConfigError` for sizes that do not fit the chunk, or `fit` without room for a mid chunk.
     """
 
-    def __init__(self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int):
+    def __init__(
+        self, config: CacheConfig, geometry: ChunkGeometry, head_dim: int, trained_frames: int,
+        ranks: Ranks | None = None,
+    ):  # fmt: skip
         self.config, self.geometry, self.head_dim, self.trained_frames = config, geometry, head_dim, trained_frames
+        self.ranks = ranks
         self.layout = CacheLayout.of(config, geometry)
         if config.at_switch in (AtSwitch.recommit, AtSwitch.restart) and not self.layout.recent:
             switch = config.at_switch.value
@@ -160,8 +166,18 @@ class CacheState:
         """query [B, n, heads, D] of a chunk -> mean of its sampled queries, rotated at its true time: [B, h, D]."""
         index = sampled_queries(query.shape[1], self.config.query_fraction, self.config.min_queries).to(query.device)
         rotation = chunk_rotation(self.geometry, 0.0, query.shape[-1], query.device)
-        mean = mean_rotated(query[:, index], Rotation(rotation.cos[:, index], rotation.sin[:, index]))
-        return self._at_true_time(mean, chunk)
+        means = self.scored_means([query[:, index]], Rotation(rotation.cos[:, index], rotation.sin[:, index]))
+        return self._at_true_time(means[0], chunk)
+
+    def scored_means(self, tokens: list[torch.Tensor], rotation: Rotation) -> torch.Tensor:
+        """Means over tokens [B, n, heads, D] each, rotated, of the heads that are scored: float32 [N, B, h, D]. Where
+        ranks hold heads of their own all of them get all means, so that each scores and selects as one alone would."""
+        heads, ranks = tokens[0].shape[2], self.ranks
+        scored = scored_heads(heads) if ranks is None else heads
+        means = torch.stack([mean_rotated(each, rotation, scored) for each in tokens])
+        if ranks is None:
+            return means
+        return ranks.gathered(means, 2)[:, :, : scored_heads(heads * ranks.size)]
 
     def _at_true_time(self, means: torch.Tensor, chunk: int) -> torch.Tensor:
         """Means [..., h, D] of tokens rotated at their chunk's time 0 -> as if rotated at the chunk's true time."""

@@ -7,7 +7,8 @@ other prompts a run holds, in which order, or on how many ranks. Chunks are enco
 import logging
 import platform
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from av.error import FFmpegError
+from diffusers import ContextParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from model.attention import best_backend
 from model.cache.cache import CACHES
 from model.causal_wan import CausalWanModel
 from model.geometry import ChunkGeometry
+from model.sequence import PeerError, check_parts
 from model.weights import content_hash
 from pipeline.bundle import pipeline_settings, transformer_settings
 from pipeline.data.schedule import texts
@@ -82,6 +85,7 @@ def check_cache(config: Config, vae: VAEShape) -> None:
     size = (length // vae.spatial_stride for length in (config.video.height, config.video.width))
     geometry = ChunkGeometry(config.video.frames_per_chunk, *size)
     CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
+    check_parts(config.parallel.sequence, settings["num_attention_heads"], geometry.tokens)
 
 
 def weight_hashes(config: Config) -> dict[str, str]:
@@ -103,6 +107,8 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
         model.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"setting `inference.attention_backend`: {backend} cannot be used here ({error})") from error
+    if config.parallel.sequence > 1:
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=config.parallel.sequence))
     if config.inference.compile:
         log.info("the blocks are compiled in the first chunks, which take longer")
         torch._dynamo.config.recompile_limit = 32  # the first chunks, steps and commits, of the last block or another
@@ -136,6 +142,7 @@ class VideoMaker:
 
     def __init__(self, pipe: PackForcingPipeline, jobs: list[Job], weights: dict[str, str], runtime: Runtime):
         self.pipe, self.weights, self.runtime = pipe, weights, runtime
+        self.ranks = pipe.transformer.ranks
         wanted = [text for job in jobs for text in texts(job.prompt)]
         wanted += [job.config.sampler.negative_prompt for job in jobs if job.config.sampler.guidance != 1]
         pipe.encode_ahead(wanted)
@@ -143,23 +150,43 @@ class VideoMaker:
 
     def make_all(self, jobs: list[Job], show_progress: bool = True) -> dict[str, str]:
         """Make every video; one that fails does not stop the others. Returns reasons by the names of failed videos."""
-        failed = {}
+        failed, alone = {}, self.ranks is None
+        # In the middle of a chunk, where the other ranks of a video wait for it, a rank that has no memory left leaves:
+        # torchrun ends the others.
+        told = (ConfigError, NotFiniteError, OSError, FFmpegError, torch.OutOfMemoryError if alone else PeerError)
         for job in jobs:
             try:
                 content = self.make(job, show_progress)
-            except (ConfigError, NotFiniteError, OSError, FFmpegError, torch.OutOfMemoryError) as error:
+            except told as error:
                 failed[job.video.name] = one_line(error)
                 log.error("%s failed: %s", job.video, failed[job.video.name])
                 continue
-            speed = content["timing"]["frames_per_second"]
-            log.info("%s: %d frames, %.1f frames/s", job.video, content["frames"], speed)
+            if self.writes:
+                speed = content["timing"]["frames_per_second"]
+                log.info("%s: %d frames, %.1f frames/s", job.video, content["frames"], speed)
         return failed
 
+    @property
+    def writes(self) -> bool:
+        """Of the ranks that make a video the first one decodes and writes it."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    @contextmanager
+    def _written(self, job: Job) -> Iterator[VideoWriter | None]:
+        """The job's file where this rank writes it; one that cannot be written is found by all ranks of the video."""
+        with ExitStack() as stack:
+            with nullcontext() if self.ranks is None else self.ranks.together():
+                writer, video = None, job.config.video
+                if self.writes:
+                    if job.video.is_dir():
+                        raise ConfigError(f"{job.video} is a folder: remove it or choose another output folder")
+                    writer = stack.enter_context(VideoWriter(job.video, video.fps, video.height, video.width))
+            yield writer
+
     def make(self, job: Job, show_progress: bool = True) -> dict[str, Any]:
-        """Write the job's video and, when it is complete, its sidecar; returns the sidecar's content."""
-        if job.video.is_dir():
-            raise ConfigError(f"{job.video} is a folder: remove it or choose another output folder")
-        config, video = job.config, job.config.video
+        """Write the job's video and, when it is complete, its sidecar; returns the sidecar's content, {} on a rank that
+        writes nothing."""
+        config = job.config
         start, report, chunks = time.perf_counter(), {}, 0
         frames = self.pipe.vae_shape.frames(config.inference.num_output_frames)
         stream = self.pipe.stream(
@@ -168,10 +195,10 @@ class VideoMaker:
             seed=config.seed,
             samples=[job.sample],
             num_frames=frames,
-            output_type="uint8",
+            output_type="uint8" if self.writes else "latent",
         )
         with (
-            VideoWriter(job.video, video.fps, video.height, video.width) as writer,
+            self._written(job) as writer,
             closing(ahead(stream) if self.pipe.overlap else stream) as decoded,
             tqdm(
                 total=self.pipe.num_chunks(frames), desc=job.video.stem[:32], unit="chunk", dynamic_ncols=True,
@@ -180,11 +207,15 @@ class VideoMaker:
         ):  # fmt: skip
             for chunk in decoded:
                 stop_if_asked()
+                if writer is None:
+                    continue
                 writer.append(chunk.frames[0])
                 report, chunks = chunk.report, chunks + 1
                 speed = writer.frames / (time.perf_counter() - start)
                 progress.set_postfix_str(f"{speed:.1f} frames/s, {describe_cache(report)}", refresh=False)
                 progress.update()
+        if writer is None:
+            return {}
         content = self._describe(job, writer.frames, chunks, report, time.perf_counter() - start)
         write_json(job.sidecar, content)
         return content

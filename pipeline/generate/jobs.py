@@ -25,6 +25,7 @@ _NOT_IN_THE_VIDEO = {
     "inference": (
         "data_path", "output_folder", "num_samples", "device", "attention_backend", "compile", "threads",
     ),
+    "parallel": ("sequence",),
 }  # fmt: skip
 _OTHER_SECTIONS = ("train", "data", "vae", "consistency", "ode", "dmd")
 

@@ -12,6 +12,7 @@ Everything that generates goes through `stream`: the command line, evaluation, s
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from pipeline.generate.chunks import Chunk, decoded, joined
 from pipeline.generate.conditioning import Conditioning, Encoders
 from pipeline.generate.inputs import NoiseSource
 from pipeline.generate.rollout import Rollout
+from pipeline.generate.together import given, in_step
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import UNTRAINED_CACHE, flow_shift, read_parts
 from pipeline.lora import read_lora
@@ -257,22 +259,25 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def _stream(self, asked: SimpleNamespace) -> Iterator[Chunk]:
-        self._rollout, conditioning, chunks, decoder = self._rollout_of(asked)
-        rollout, given, parts = self._rollout, conditioning.given, conditioning.parts
+        ranks = self.transformer.ranks
+        with nullcontext() if ranks is None else ranks.together(given(asked)):
+            self._rollout, conditioning, chunks, decoder = self._rollout_of(asked)
+        rollout, first, parts = self._rollout, conditioning.given, conditioning.parts
 
-        def made() -> Iterator[tuple[int, torch.Tensor]]:
-            for index, latents in enumerate(given):
+        def chunks_made() -> Iterator[tuple[int, torch.Tensor]]:
+            for index, latents in enumerate(first):
                 if index and index in parts:
                     rollout.switch(parts[index])
                 rollout.give(latents)
                 yield index, latents
-            yield from rollout.run(chunks - len(given), commit_last=False, parts=parts)
+            yield from rollout.run(chunks - len(first), commit_last=False, parts=parts)
 
         overlap = self.overlap and chunks > 1 and asked.output_type != "latent"
         overlap &= not hasattr(self.vae, "_hf_hook")  # offloaded: one model at a time is on the device
         overlap &= not torch.is_autocast_enabled(self._execution_device.type)  # which another thread has not
         try:
-            yield from decoded(rollout, made(), decoder, asked.output_type, asked.num_frames, overlap)
+            made = in_step(chunks_made(), ranks)
+            yield from decoded(rollout, made, decoder, asked.output_type, asked.num_frames, overlap)
         finally:
             self._rollout = None
             self.maybe_free_model_hooks()

@@ -18,7 +18,7 @@ from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, 
 from pipeline.generate.jobs import is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.vae_shape import VAEShape
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import barrier, from_all, join_world, leave_world
 from utils.files import writable_folder
 from utils.lock import locked
@@ -55,8 +55,10 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
     check_cache(config, vae)
     folder = writable_folder(config.inference.output_folder, "output folder")
 
-    world = join_world(runtime.device, timeout=LONGEST)
+    world, ranks = join_world(runtime.device, timeout=LONGEST), config.parallel.sequence
     try:
+        require(config, "parallel.sequence", world.size % ranks == 0, f"the ranks, {world.size} here, must be a "
+                f"multiple of it; start with torchrun --nproc_per_node={ranks}")  # fmt: skip
         if estimate:
             check_memory(config, "infer", world, runtime.device)
         with locked(folder, "output folder") if world.is_main else nullcontext():
@@ -69,14 +71,15 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
             barrier(world)  # every rank has the same list before a video is added
             if len(waiting) < len(jobs):
                 log.info("%d of %d videos are finished already in %s", len(jobs) - len(waiting), len(jobs), folder)
-            mine, failed = waiting[world.rank :: world.size], {}
-            if mine:
+            mine, failed = waiting[world.rank // ranks :: world.size // ranks], {}
+            if mine or (waiting and ranks > 1):  # groups of ranks are made by all of them, those without a video too
                 pipe = load_pipeline(config, runtime)
                 log.info("encoding the prompts of %d videos", len(mine))
                 maker = VideoMaker(pipe, mine, weights, runtime)
                 with logging_redirect_tqdm():  # messages above the bar, not in it
                     failed = maker.make_all(mine, show_progress=world.is_main)
-            failures = {name: why for part in from_all(failed, world) for name, why in part.items()}
+            found = reversed(from_all(failed, world))  # the rank that writes a video comes last, and counts
+            failures = {name: why for part in found for name, why in part.items()}
     finally:
         leave_world(world)
     if failures and world.is_main:
@@ -88,6 +91,7 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
 def _quiet_libraries() -> None:
     logging.captureWarnings(True)
     warnings.formatwarning = lambda message, *_: str(message)
+    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)  # diffusers' calls
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -17,6 +17,8 @@ GIB = 2**30
 def check_run(config: Config, world: World, logdir: Path, save: bool) -> None:
     """All checks. Raises `ConfigError`, in one line, for the first that fails. `logdir`: where checkpoints would go;
     `save`: whether there will be any."""
+    require(config, "parallel.sequence", config.parallel.sequence == 1, "must be 1, as only inference makes a video on "
+            "several ranks; training has train.sharding")  # fmt: skip
     check_plan(config, world.size)
     check_ranks(config, world)
     METHODS[config.train.stage].check(config)
