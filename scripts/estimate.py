@@ -15,7 +15,7 @@ line; --exact runs all layers (minutes). No file that the config names is needed
 
 Memory is per rank, without CUDA context, NCCL buffers and fragmentation: --reserve GiB stand for these. Times are FLOPs
 and bytes over the rates that a device sustains (--matmul, --attention: TFLOP/s; --bandwidth: TB/s; --link: GB/s), added
-up; collectives overlap with them. A table, then one line of JSON.
+up; collectives overlap with them, but for those inside a forward (`parallel.sequence`). A table, then one line of JSON.
 """
 
 import argparse
@@ -96,6 +96,7 @@ def exits_mean(config: Config, label: str) -> float:
 def summary(config: Config, part: str, phases: list, device: Device, reserve: float) -> dict:
     """What the table and the JSON line show."""
     from scripts.estimate_parts import ran_micros
+    from utils.fakecuda.count import WAITED
 
     rows = []
     for phase in phases:
@@ -109,11 +110,13 @@ def summary(config: Config, part: str, phases: list, device: Device, reserve: fl
         seconds = {"matmul": matmul / device.matmul / 1e12, "attention": attention / device.attention / 1e12,
                    "elementwise": total(phase.moved) / device.bandwidth / 1e12}  # fmt: skip
         rates = {"host to device": PCIE}
-        link = sum(size / rates.get(kind, device.link) / 1e9 for kind, (_, size) in phase.comm.items())
+        link, waited = (sum(size / rates.get(kind, device.link) / 1e9 for kind, (_, size) in phase.comm.items()
+                            if kind.endswith(WAITED) is alone) for alone in (False, True))  # fmt: skip
         memory = sum(phase.peak.values())
         rows.append({
             "phase": phase.name, "memory_gib": memory / GIB, "parts_gib": _grouped(phase.peak),
-            "seconds": max(sum(seconds.values()), link), "seconds_by": seconds | {"collectives": link},
+            "seconds": max(sum(seconds.values()), link) + waited,
+            "seconds_by": seconds | {"collectives": link + waited},
             "tflop": matmul / 1e12 + attention / 1e12, "elementwise_tb": total(phase.moved) / 1e12, **asdict(phase),
         })  # fmt: skip
     highest = max(rows, key=lambda row: row["memory_gib"])
@@ -209,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
     rates = {name: getattr(arguments, name) for name in ("matmul", "attention", "bandwidth", "link", "memory")}
     device = replace(DEVICES[arguments.device], **{k: v for k, v in rates.items() if v is not None})
     part = arguments.part or ("infer" if config.train.stage is None else "train")
-    size = arguments.world or (1 if part == "infer" else ranks_of(config))
+    size = arguments.world or (config.parallel.sequence if part == "infer" else ranks_of(config))
     world = World(0, size, min(arguments.local or 8, size))
     if part == "load":
         from scripts.estimate_parts import host

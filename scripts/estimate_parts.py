@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, ContextParallelConfig, WanTransformer3DModel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from model.cache.cache import PackCache
@@ -187,6 +187,8 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
     """Prompts, then chunks up to a full cache, then a chunk's pixels."""
     with part("weights"):
         model = place(load_transformer(config), DEVICE, torch.bfloat16)
+        if config.parallel.sequence > 1:
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=config.parallel.sequence))
         with mode.building():
             vae = AutoencoderKLWan.from_config(folder / "vae").to(torch.bfloat16).eval()
     if config.model.text_dim == UMT5_XXL["d_model"]:

@@ -6,14 +6,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from utils.config import ParallelConfig
 from utils.distributed import World
 from utils.fakecuda.device import ensure
 from utils.load_config import load_config
 
 LAYERS, STORED = 2, Path(__file__).parent / "data" / "estimates.json"
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml") if "base" not in path.name)
+BY_TWO = ("configs/tiny/dmd.yaml",)  # also of a rank of two that make a video together
 CONFIGS = [path for path in CONFIGS if not path.endswith(("world.yaml", "generator.yaml"))]
 
 
@@ -29,6 +32,10 @@ def estimate(path: str) -> dict[str, float]:
             continue
         for phase in measure(config, part, world, most_layers=LAYERS):
             found[f"{part}/{phase.name}"] = round(sum(phase.peak.values()) / GIB, 4)
+    if path in BY_TWO:
+        config = replace(config, parallel=ParallelConfig(sequence=2))
+        for phase in measure(config, "infer", World(0, 2, 2), most_layers=LAYERS):
+            found[f"infer by two ranks/{phase.name}"] = round(sum(phase.peak.values()) / GIB, 4)
     return found
 
 

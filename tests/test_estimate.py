@@ -73,6 +73,16 @@ def test_of_training_samples_a_chunk_is_counted_and_a_frame_of_pixels():
     assert chunk["moved"].keys() >= {"commit", "denoise", "cache"} and decoded["parts_gib"]["vae"] < 0.02  # of 1 frame
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_of_two_ranks_that_make_a_video_each_holds_half_of_the_cache():
+    command = ["scripts.estimate", "--config_path", "configs/tiny/demo.yaml", "--part=infer"]
+    alone, together = (output(*command, f"parallel.sequence={ranks}")["phases"][0] for ranks in (1, 2))
+    assert together["parts_gib"]["cache"] == pytest.approx(alone["parts_gib"]["cache"] / 2, rel=0.05)
+    assert together["flops"]["attention"]["denoise"] == pytest.approx(alone["flops"]["attention"]["denoise"] / 2)
+    assert together["comm"]["all_to_all_single, waited for"][0] > 0 and not alone["comm"]
+
+
 def test_a_run_that_does_not_fit_is_refused(monkeypatch):
     device, gib = torch.device("cuda", 0), 2**30
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * gib))

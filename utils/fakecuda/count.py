@@ -33,6 +33,7 @@ FREE = {  # moves nothing
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}  # do not read what they write to
 GATHERS = {aten.index, aten.index_select, aten.embedding, aten.gather}  # read as much of the first as they give
 SCATTERS = {aten.index_put_, aten.index_copy_}  # write as much of the first as the last holds
+WAITED = "waited for"  # of collectives that nothing overlaps with
 
 
 class Counts(Stopwatch):
@@ -123,7 +124,10 @@ class Counts(Stopwatch):
 
     def operation(self, packet, args: tuple, kwargs: dict, inputs: list, outputs: list, out) -> None:
         """One operation with inputs and outputs on the fake device."""
-        if packet in flop_registry:
+        if "_c10d_functional" in str(packet):  # a sequence's tokens and heads on their way
+            if packet.__name__ != "wait_tensor":
+                self.communicated(f"{packet.__name__}, {WAITED}", sum(x.nbytes for x in outputs))
+        elif packet in flop_registry:
             name = packet.__name__
             kind = "attention" if "attention" in name else "matmul"
             flops = flop_registry[packet](*args, **kwargs, out_val=out)

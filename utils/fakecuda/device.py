@@ -119,6 +119,7 @@ def _replacements(counts: Counts) -> Iterator[tuple[object, str, object]]:
     yield dist, "all_reduce", collective("all_reduce", 0, "tensor")
     yield from ((dist, name, gives(None)) for name in ("barrier", "new_group"))
     yield dist, "broadcast_object_list", gives(None)
+    yield dist, "all_gather_object", lambda items, item, group=None: items.__setitem__(slice(None), [item] * len(items))
 
     def tolist(tensor: torch.Tensor):
         if not isinstance(tensor, FakeTensor):
