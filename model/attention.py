@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from model.rope import Rotation
 from model.sequence import Ranks
@@ -235,6 +236,10 @@ class TanhGELU(GELU):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, L, dim] -> [B, L, ffn_dim]."""
+        if hidden_states.is_cuda and can_fuse(self.proj, hidden_states):  # cuBLASLt ends the product with it
+            flat, weight = hidden_states.flatten(0, -2), self.proj.weight.t()
+            out = torch._addmm_activation(self.proj.bias, flat, weight, use_gelu=True)  # on CUDA the tanh form
+            return out.unflatten(0, hidden_states.shape[:-1])
         x, slope = self.proj(hidden_states), 2 * (2 / torch.pi) ** 0.5
         if x.device.type == "cpu" and (x.requires_grad or torch.compiler.is_compiling()):
             return x * torch.sigmoid(slope * (x + 0.044715 * x * x * x))
@@ -242,3 +247,13 @@ class TanhGELU(GELU):
             gate = torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope)
             return gate.mul_(x).sigmoid_().mul_(x)
         return self.gelu(x)
+
+
+def can_fuse(linear: nn.Linear, x: torch.Tensor) -> bool:
+    """Whether a plain product with a projection's weights is all that calling it on x would be: not with a gradient,
+    hooks (offload), adapters, quantised weights, or a cast on the way; a compiler fuses by itself."""
+    if type(linear) is not nn.Linear or linear.bias is None or is_traceable_wrapper_subclass(linear.weight):
+        return False
+    hooks = linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear)
+    away = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not hooks and not away and linear.weight.dtype == linear.bias.dtype == x.dtype

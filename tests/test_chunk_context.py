@@ -105,7 +105,7 @@ def state(cache):
                 walk(item, f"{path}[{i}]")
         elif hasattr(value, "__dict__") and id(value) not in seen:
             seen.add(id(value))
-            scratch = {"buffers", "starts", "_placed", "mid_for", "mid_places", "_mid_at", "_held"}
+            scratch = {"buffers", "starts", "_placed", "mid_for", "mid_places", "_mid_at", "_held", "_own"}
             walk({key: item for key, item in vars(value).items() if key not in scratch}, path)
         else:
             found[path] = repr(value)

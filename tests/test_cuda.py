@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch._dynamo.utils import counters
+from torch.nn.functional import gelu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import attend, best_backend, clip_mask, matmul_attention
+from model.attention import TanhGELU, attend, best_backend, can_fuse, clip_mask, matmul_attention
 from pipeline.train import roles
 from pipeline.train.compiled import compile_blocks
 from pipeline.train.parallel import shard_model
@@ -52,6 +53,22 @@ def test_kernels_equal_plain_products(backend):
     expected = matmul_attention(query, key, value)
     ours = (x.to(DEVICE, torch.bfloat16) for x in (query, key, value))
     close(attend(*ours, backend), expected, BF16)
+
+
+@torch.no_grad()
+def test_gelu_at_the_end_of_a_product():
+    layer = TanhGELU(32, 96, approximate="tanh").to(DEVICE, torch.bfloat16)
+    x = randn(2, 24, 32, seed=0).to(DEVICE, torch.bfloat16)
+    assert can_fuse(layer.proj, x)
+    close(layer(x), gelu(layer.proj(x).float(), approximate="tanh").cpu(), BF16)
+    assert not can_fuse(layer.proj, x.float())
+    with torch.enable_grad():
+        assert not can_fuse(layer.proj, x)
+    hook = layer.proj.register_forward_hook(lambda *_: None)
+    assert not can_fuse(layer.proj, x)
+    hook.remove()
+    layer.add_module("proj", torch.nn.Sequential(layer.proj))  # as adapters do
+    assert not can_fuse(layer.proj, x)
 
 
 def test_the_block_mask_equals_the_boolean_one():

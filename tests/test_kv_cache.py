@@ -12,6 +12,7 @@ from model import attention
 from model.attention import attend
 from model.cache.archive import Archive, _say_once
 from model.cache.cache import PackCache
+from model.cache.workspace import Workspace
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, LayerKV
 from utils.choices import CacheKind, QueryScope, Refresh, SizeUnit
@@ -445,3 +446,34 @@ def test_only_changed_mid_chunks_are_copied(settings, mid_dtype, monkeypatch):
             moved, all_of_them = moved + new + keys, all_of_them + 2 * sum(map(len, after))
         before = after
     assert moved < 0.8 * all_of_them
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {**ABSOLUTE, **BOTH_SCOPES}, FULL, {**SINK, "recent": 2}], ids=str)
+def test_what_a_commits_forward_placed_is_not_written_again(settings, monkeypatch):
+    stored, store = [], Workspace._store
+    monkeypatch.setattr(Workspace, "_store", lambda self, slot, *kv: (stored.append(slot), store(self, slot, *kv)))
+    model, cache, _ = make(settings)
+    flows, _ = roll(model, cache, 7)
+    assert stored == [0] * model.config.num_layers  # of the first chunk, which attends itself alone
+    monkeypatch.setattr(Workspace, "_has", lambda *_: False)
+    again, _ = roll(model, other := make(settings)[1], 7)
+    assert len(stored) == 8 * model.config.num_layers and all(map(torch.equal, flows, again))
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        for chunk in (*cache.layout.held(7)[0], *cache.layout.held(7)[1]):
+            pairs = zip(ours._slot(ours_slot := cache.layout.slot(chunk)), theirs._slot(ours_slot), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
+@torch.no_grad()
+def test_a_forward_after_that_of_the_commit_is_not_what_is_kept():
+    (model, cache, _), (_, other, _) = make({}), make({})
+    for index in range(5):
+        for one in (cache, other):
+            context, clean = one.context(), toy_chunk(index)
+            kv = model(clean, torch.zeros(1), toy_prompt(), context=context).kv
+            if one is cache:
+                model(toy_chunk(index, kind=1), torch.tensor([500.0]), toy_prompt(), context=context)
+            one.commit(kv, context)
+    flows = [roll(model, one, 1)[0] for one in (cache, other)]
+    assert all(map(torch.equal, *flows))

@@ -67,7 +67,7 @@ class PackCache(CacheState):
             self.layers = self._workspaces(len(kv.layers))
         slot, rotation = layout.slot(chunk), context.query_rotation(device)
         for workspace, new in zip(self.layers, kv.layers, strict=True):
-            workspace.write(slot, rotation(new.key), new.value, context.times.now)
+            workspace.write(slot, new.key, new.value, context.times.now, rotation)
             if self.scores_recent:
                 workspace.mean_queries[slot] = self.mean_query(new.query, chunk)
         if context.will_be_compressed:

@@ -120,9 +120,11 @@ class DeepForcingContext(ChunkContext):
         end, last = self.held_sink * per_frame, self.last_frames * per_frame
         return x[:, :end], x[samples.to(x.device), selected], x[:, x.shape[1] - last :]
 
-    def gathered(self, tokens: Tokens, selected: torch.Tensor) -> Tokens:
-        """What is attended of the tokens held."""
-        return Tokens(*(torch.cat(self._parts(x, selected), dim=1) for x in tokens[:3]), tokens.queries)
+    def followed(self, tokens: Tokens, selected: torch.Tensor, new: Tokens) -> Tokens:
+        """What is attended of the tokens held, and the new ones behind."""
+        pairs = zip(tokens[:3], new[:3], strict=True)
+        queries = None if new.queries is None else torch.cat((tokens.queries, new.queries), dim=1)
+        return Tokens(*(torch.cat((*self._parts(x, selected), y), dim=1) for x, y in pairs), queries)
 
     def _positions(self, times: torch.Tensor) -> torch.Tensor:
         """True times of the attended tokens -> the times that they are attended at, [B, T] each."""
@@ -192,9 +194,7 @@ class DeepForcingCache(PackCache):
             queries = self.frame_queries(new.query, self.num_chunks) if keeps else None
             fresh = Tokens(place(new.key), new.value.detach(), true, queries)
             if self.layers:
-                old = context.gathered(self.layers[layer], context.select(layer, new.query))
-                pairs = zip(old, fresh, strict=True)
-                fresh = Tokens(*(None if x is None else torch.cat((x, y), dim=1) for x, y in pairs))
+                fresh = context.followed(self.layers[layer], context.select(layer, new.query), fresh)
             if keeps:
                 fresh = fresh._replace(queries=fresh.queries[:, -max(1, self.config.recent) :])
             layers.append(fresh)

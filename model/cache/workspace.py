@@ -12,7 +12,7 @@ Shapes: B batch, n tokens of a full-resolution chunk, N_c of a compressed one, k
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 
@@ -78,6 +78,7 @@ class Workspace:
         self.mid_places: list[list[tuple[int, float]]] = []  # of each sample: chunk and its time
         self._mid_at = 0, 0  # full-resolution chunks before them, and their number
         self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # chunk -> what a forward still reads
+        self._own: tuple[int, ref] | None = None  # slot and V of the chunk that the last forward put there
 
     @property
     def keys(self) -> torch.Tensor:
@@ -87,13 +88,19 @@ class Workspace:
     def values(self) -> torch.Tensor:
         return self.buffers.values
 
-    def write(self, slot: int, key: torch.Tensor, value: torch.Tensor, start: float) -> None:
-        """Take a finished chunk: K rotated to `start` and V, [B, n, heads, D] each, in place of what the slot held."""
+    def write(self, slot: int, key: torch.Tensor, value: torch.Tensor, start: float, rotation: Rotation) -> None:
+        """Take a finished chunk: un-rotated K and V, [B, n, heads, D] each, in place of what the slot held. `rotation`:
+        of its tokens, from time `start` on."""
         slots = self.slots or 1 << (slot + 1).bit_length()  # room for the next chunk too
         self.buffers.reserve(slots * self.tokens + self.mid_tokens, key)
-        self._let_go(slot)
-        self._store(slot, key, value)
+        if not self._has(slot, value):
+            self._let_go(slot)
+            self._store(slot, rotation(key), value)
         self.starts[slot] = start
+
+    def _has(self, slot: int, value: torch.Tensor) -> bool:
+        """Whether the last forward put the chunk there already: the one that gave this very V."""
+        return self._own is not None and self._own[0] == slot and self._own[1]() is value
 
     def _store(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
         for part, new in zip(self._slot(slot), (key, value), strict=True):
@@ -183,6 +190,7 @@ class Workspace:
         the mid part behind them, [B, slots * n + mid_tokens, heads, D]."""
         where = slice(own * self.tokens, (own + 1) * self.tokens)
         self.keys[:, where], self.values[:, where] = key, value
+        self._own = own, ref(value)
         return self.prefix(slots, mid_tokens)
 
     def prefix(self, slots: int, mid_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +216,9 @@ class PackedWorkspace(Workspace):
         self._mid: tuple[Kept, Kept] | None = None  # [B, k, N_c, heads, D], by place
         self._rotation: Rotation | None = None  # in time order, of which each place has a rank
         self._ranks: torch.Tensor | None = None
+
+    def _has(self, slot, value):
+        return False  # what the layers share holds another layer's by now
 
     def _store(self, slot, key, value):
         precision = self.precision if slot < self.sink else None

@@ -16,20 +16,22 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from utils.timing import Stopwatch
 
 aten = torch.ops.aten
 BLOCK = 512  # bytes that the caching allocator rounds up to
 SECTOR = 32  # bytes, the least that a GPU moves from or to its memory
-MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+MATMULS = (aten.mm, aten.addmm, aten._addmm_activation, aten.bmm, aten.baddbmm, aten.convolution)
 FREE = {  # moves nothing
     aten.view, aten._unsafe_view, aten.transpose, aten.t, aten.expand, aten.slice, aten.select, aten.unsqueeze,
     aten.squeeze, aten.split, aten.split_with_sizes, aten.permute, aten.detach, aten.alias, aten.unbind, aten.narrow,
     aten.as_strided, aten.view_as_real, aten.view_as_complex, aten.unfold, aten.resize_, aten.empty, aten.empty_like,
     aten.empty_strided, aten.new_empty,
 }  # fmt: skip
+if aten._addmm_activation not in flop_registry:
+    register_flop_formula(aten._addmm_activation, get_raw=True)(flop_registry[aten.addmm])
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}  # do not read what they write to
 GATHERS = {aten.index, aten.index_select, aten.embedding, aten.gather}  # read as much of the first as they give
 SCATTERS = {aten.index_put_, aten.index_copy_}  # write as much of the first as the last holds
