@@ -201,6 +201,19 @@ def pipelines(bundle: Path) -> dict[str, str]:
     return found
 
 
+def compiled(folder: Path) -> None:
+    """Largest difference that compiled blocks of two ranks make, and their graph breaks."""
+    world = join_world(torch.device("cpu"))
+    with torch.no_grad():
+        alone, together = (rollout(model(parallel, num_layers=1), PACK) for parallel in (False, True))
+        together.model.compile_repeated_blocks(dynamic=True)
+        torch._dynamo.config.recompile_limit = 32
+        found = {"difference": difference(*(video(run, 4) for run in (alone, together)))}
+    found["breaks"] = len(torch._dynamo.utils.counters["graph_break"])
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    leave_world(world)
+
+
 def run(argv: list[str], frames: Path, breaks: int | None = None) -> int:
     """The command line; the frames that it wrote of each video go to `frames`/NAME.npy. `breaks`: the disk is full at
     that call for frames to be written."""

@@ -66,6 +66,14 @@ def test_ranks_start_together_and_none_waits_for_one_that_stopped(ranks):
     assert first["after"] == second["after"] == "4 chunks"
 
 
+@pytest.mark.slow
+def test_compiled_blocks_of_two_ranks(tmp_path):
+    assert scale_runs.finish(scale_runs.start(2, sequence_runs.compiled, tmp_path)) == [0, 0]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found["difference"] < EXACT and not found["breaks"]
+
+
 def test_the_command_line_makes_the_videos_of_one_rank_and_survives_a_full_disk(tmp_path):
     """Frames of two ranks may differ from one rank's by a grey level: pixels within 1e-4 of each other, in -1..1, are
     rounded to 0..255."""
