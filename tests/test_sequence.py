@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from inference_packforcing import main
+from pipeline.generate.jobs import what_was_made
 from pipeline.train.checks import check_run
 from tests import scale_runs, sequence_runs, tiny
 from utils.config import Config, ConfigError, ParallelConfig
 from utils.distributed import World
+from utils.load_config import plain
 
 EXACT = 1e-4
 FORWARDS = ("clip", "batch", "frame_times", "teacher_forcing", "texts", "mesh", "gradients")
@@ -109,6 +111,11 @@ def test_too_few_ranks_or_heads_are_told_in_one_line(bundle, tmp_path, capsys, o
     assert main([*argv, *overrides]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(said, error), error
+
+
+def test_a_finished_video_is_finished_whatever_the_number_of_ranks():
+    made = [what_was_made("a", 0, plain(Config(parallel=ParallelConfig(sequence=ranks))), {}) for ranks in (1, 2)]
+    assert made[0] == made[1]
 
 
 def test_training_refuses(tmp_path):

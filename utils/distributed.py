@@ -28,18 +28,24 @@ class World:
         return self.rank == 0
 
 
+def described_world() -> World:
+    """What torchrun describes, before anything is joined. Raises `ConfigError` as `join_world` does."""
+    if "WORLD_SIZE" not in os.environ:
+        return World()
+    try:
+        int(os.environ["LOCAL_RANK"])
+        return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"WORLD_SIZE is set but not all of torchrun's variables ({error}); use torchrun") from error
+
+
 def join_world(device: torch.device, timeout: timedelta | None = None) -> World:
     """Join the process group that torchrun describes; on CUDA every rank takes the GPU of its local rank. `timeout`:
     how long a rank may wait for another; None: torch's default. Raises `ConfigError` where torchrun's variables are
     incomplete, or ranks outnumber this machine's GPUs."""
-    if "WORLD_SIZE" not in os.environ:
-        return World()
-    try:
-        world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    world = described_world()
+    if "WORLD_SIZE" in os.environ and device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"WORLD_SIZE is set but not all of torchrun's variables ({error}); use torchrun") from error
-    if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"rank {world.rank} has no GPU: {world.local_size} ranks on this machine, "
                               f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")  # fmt: skip

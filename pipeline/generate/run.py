@@ -19,7 +19,7 @@ from pipeline.generate.jobs import is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
 from pipeline.vae_shape import VAEShape
 from utils.config import Config, ConfigError, require
-from utils.distributed import barrier, from_all, join_world, leave_world
+from utils.distributed import barrier, described_world, from_all, join_world, leave_world
 from utils.files import writable_folder
 from utils.lock import locked
 
@@ -55,10 +55,11 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
     check_cache(config, vae)
     folder = writable_folder(config.inference.output_folder, "output folder")
 
-    world, ranks = join_world(runtime.device, timeout=LONGEST), config.parallel.sequence
+    size, ranks = described_world().size, config.parallel.sequence
+    require(config, "parallel.sequence", size % ranks == 0, f"the ranks, {size} here, must be a multiple of it; start "
+            f"with torchrun --nproc_per_node={ranks}")  # fmt: skip
+    world = join_world(runtime.device, timeout=LONGEST)
     try:
-        require(config, "parallel.sequence", world.size % ranks == 0, f"the ranks, {world.size} here, must be a "
-                f"multiple of it; start with torchrun --nproc_per_node={ranks}")  # fmt: skip
         if estimate:
             check_memory(config, "infer", world, runtime.device)
         with locked(folder, "output folder") if world.is_main else nullcontext():
