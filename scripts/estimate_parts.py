@@ -26,6 +26,7 @@ from pipeline.train.generator import GeneratorStage
 from pipeline.train.parallel import shard_model, sharding_mesh
 from pipeline.train.stages import METHODS, build_stage
 from pipeline.train.trainer import Trainer
+from scripts.fake_models import Residents
 from scripts.stand_ins import at_depth
 from utils.choices import CacheKind, Sharding, TextPlacement
 from utils.config import Config, ConfigError
@@ -191,14 +192,22 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
             model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=config.parallel.sequence))
         with mode.building():
             vae = AutoencoderKLWan.from_config(folder / "vae").to(torch.bfloat16).eval()
+    residents = Residents(mode.counts, config.inference.offload)
+    residents.add("transformer", model)
+    residents.add("vae", vae, vae.decoder)
+    if config.inference.vae_tiling:
+        vae.enable_tiling()
     if config.model.text_dim == UMT5_XXL["d_model"]:
         with part("text"), torch.no_grad():
             encoder = UMT5EncoderModel(UMT5Config(**UMT5_XXL)).to(torch.bfloat16).eval()
             ids = torch.zeros(1, config.model.text_len, dtype=torch.long, device=DEVICE)
+            residents.add("text", encoder)
+            residents.run("text")
             mode.counts.new_phase()
             encode_tokens(encoder, ids, torch.ones_like(ids))
-            del encoder
         yield Phase.of("prompt", mode.counts)
+        residents.forget("text")
+        del encoder
     video = config.video
     size = vae_shape_of(folder / "vae").size(video)
     cache = PackCache.for_model(model, config.cache, *size, video.trained_frames)
@@ -212,9 +221,11 @@ def infer(config: Config, mode: OnDevice, world: World, folder: Path) -> Iterato
         latents = torch.zeros(1, model.config.in_channels, video.frames_per_chunk, *size, device=DEVICE)
         for _ in range(full_cache(cache.layout, longest)):
             rollout.commit(latents)
+        residents.run("transformer", "vae")  # which came after the chunk before
         mode.counts.new_phase()
         ((_, latents),) = rollout.run(1)
         yield Phase.of("chunk", mode.counts)
+        residents.run("vae")
         with part("vae"):
             decoder = StreamingDecoder(vae)
             for _ in range(2):  # the first latent frame of a video is another case

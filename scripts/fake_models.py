@@ -14,6 +14,7 @@ from model import attention, rope
 from model.cache import selection
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
+from utils.choices import Offload
 from utils.fakecuda.count import Counts, OnDevice
 from utils.timing import timed
 
@@ -82,6 +83,59 @@ def _offloaded(counts: Counts) -> Callable:
         model.register_forward_pre_hook(lambda *_: counts.communicated("host to device", size))
 
     return offload
+
+
+class Residents:
+    """Models of inference, and whose weights lie on the device (`inference.offload`): all; of `model` those that are
+    asked for; of `group` two layers, the largest, of these, one at work and one on its way. Counts what comes there."""
+
+    def __init__(self, counts: Counts, offload: Offload):
+        self.counts, self.offload, self._coming = counts, offload, False
+        self._models: dict[str, torch.nn.Module] = {}
+
+    def add(self, name: str, model: torch.nn.Module, runs: torch.nn.Module | None = None) -> None:
+        """`runs`: the part of the model that is called."""
+        self._models[name], runs = model, runs or model
+        size = sum(p.nbytes for p in runs.parameters())
+
+        def came(*_) -> None:
+            if self.offload == Offload.group or self._coming:
+                self.counts.communicated("host to device", size)
+                self._coming = False
+
+        if self.offload != Offload.none:
+            runs.register_forward_pre_hook(came)
+        for leaf in _linears(model) if self.offload == Offload.group else ():
+            leaf.forward = leaf.forward  # where a hook would stand, past which nothing may read the weights
+
+    def forget(self, name: str) -> None:
+        """The model is needed no more."""
+        for leaf in _linears(self._models.pop(name)):
+            vars(leaf).pop("forward", None)  # a circle, which would keep it
+
+    def run(self, name: str, *others: str) -> None:
+        """Model `name` is next to run; `others` are on the device still, where models are there as a whole."""
+        if self.offload == Offload.none:
+            return
+        for known, model in self._models.items():
+            for p in model.parameters():
+                self.counts.discard(p)
+            if self.offload == Offload.group and known == name:
+                for leaf in sorted(_leaves(model), key=lambda leaf: -sum(p.nbytes for p in leaf.parameters()))[:2]:
+                    for p in leaf.parameters():
+                        self.counts.recall(p)
+            elif self.offload == Offload.model and known in (name, *others):
+                for p in model.parameters():
+                    self.counts.recall(p)
+        self._coming = True
+
+
+def _leaves(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if not [*module.children()]]
+
+
+def _linears(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def _flex() -> Callable:

@@ -83,6 +83,18 @@ def test_of_two_ranks_that_make_a_video_each_holds_half_of_the_cache():
     assert together["comm"]["all_to_all_single, waited for"][0] > 0 and not alone["comm"]
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_weights_that_wait_in_host_memory_are_counted():
+    command = ["scripts.estimate", "--config_path", "configs/tiny/demo.yaml", "--part=infer"]
+    whole, model, group = (output(*command, f"inference.offload={kind}") for kind in ("none", "model", "group"))
+    weights = [[row["parts_gib"]["weights"] for row in found["phases"]] for found in (whole, model, group)]
+    assert weights[0][0] == weights[0][1] == weights[1][0] > 3 * weights[2][0]  # a chunk: the VAE is there still
+    assert weights[0][1] > weights[1][1] > weights[2][1]  # pixels
+    for found, copies in ((whole, None), (model, 1), (group, 5)):  # of the transformer: at every forward
+        assert found["phases"][0]["comm"].get("host to device", [None])[0] == copies
+
+
 def test_a_run_that_does_not_fit_is_refused(monkeypatch):
     device, gib = torch.device("cuda", 0), 2**30
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * gib))

@@ -26,7 +26,7 @@ from model.cache.cache import PackCache
 from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
 from pipeline.generate.chunks import NotFiniteError
-from pipeline.generate.inference import Runtime, load_pipeline
+from pipeline.generate.inference import Runtime, load_pipeline, resolve_runtime
 from pipeline.generate.inputs import Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.rollout import Rollout
@@ -296,6 +296,22 @@ def test_offloaded_by_groups_it_makes_the_same_video(pipe, bundle, tmp_path, to)
     path = str(tmp_path) if to == "disk" else None
     other.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=path)
     assert np.abs(other(PROMPT, num_frames=13).frames - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloaded_by_a_setting_it_makes_the_same_video(tmp_path, offload):
+    world, frames = tiny.write_world(tmp_path), []
+    for settings in ([], [f"inference.offload={offload}"]):
+        config = load_config(world / "config.yaml", settings)
+        pipe = load_pipeline(config, resolve_runtime(config))
+        hooked = hasattr(pipe.vae, "_hf_hook") or hasattr(pipe.transformer.blocks[0].ffn.net[2], "_diffusers_hook")
+        assert hooked == bool(settings) and not pipe.vae.use_tiling
+        pipe.encode_ahead([PROMPT])
+        pipe.register_modules(text_encoder=None)
+        frames.append(pipe(PROMPT, num_frames=13).frames)
+    assert np.abs(frames[1] - frames[0]).max() < 1e-5
+    config = load_config(world / "config.yaml", ["inference.vae_tiling=true"])
+    assert load_pipeline(config, resolve_runtime(config)).vae.use_tiling
 
 
 def test_not_finite_is_an_error_that_names_the_part(pipe):

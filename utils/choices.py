@@ -93,3 +93,9 @@ class TextPlacement(StrEnum):
     device = "device"  # on every rank's device, in float32
     cpu = "cpu"  # in the memory of every rank's host, in the dtype it is stored in; encodes a step ahead
     sharded = "sharded"  # in shards on the devices, in the dtype it is stored in
+
+
+class Offload(StrEnum):
+    none = "none"  # all models on the device
+    model = "model"  # one at a time, the others in host memory
+    group = "group"  # weights come layer by layer

@@ -6,7 +6,7 @@ change them is in `utils/load_config.py`.
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from utils.choices import AtSwitch, CacheKind, Commit, CompressedKV, MidSpan, QueryScope, Refresh, SizeUnit
+from utils.choices import AtSwitch, CacheKind, Commit, CompressedKV, MidSpan, Offload, QueryScope, Refresh, SizeUnit
 from utils.interval import within
 from utils.train_config import ConsistencyConfig, DataConfig, DMDConfig, ODEConfig, TrainConfig, VAEConfig
 
@@ -113,6 +113,8 @@ class InferenceConfig:
     dtype: str = "auto"  # auto: bfloat16 on cuda and on a CPU with AMX or avx512_bf16, else float32
     attention_backend: str | None = None  # a name of diffusers' dispatcher; null: its default
     compile: bool = False  # torch.compile of the transformer blocks
+    offload: Offload = Offload.none  # what waits in host memory, for small GPUs
+    vae_tiling: bool = False  # decode in tiles: less memory, and their blended seams
     threads: int | None = within("[1, 1024]", None)  # CPU threads; null: torch's default
 
 

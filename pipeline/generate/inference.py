@@ -36,6 +36,7 @@ from pipeline.load import load_scheduler, load_text_encoder, load_transformer, l
 from pipeline.sources import bundle_part, loras, transformer_source
 from pipeline.vae_shape import VAEShape
 from utils.ahead import ahead
+from utils.choices import Offload
 from utils.cli import one_line, stop_if_asked
 from utils.config import Config, ConfigError, require
 from utils.files import write_json
@@ -99,9 +100,14 @@ def weight_hashes(config: Config) -> dict[str, str]:
     return hashes | {"transformer": content_hash(transformer_source(config))}
 
 
+def home(config: Config, runtime: Runtime) -> torch.device:
+    """Where weights lie while they are not used."""
+    return runtime.device if config.inference.offload == Offload.none else torch.device("cpu")
+
+
 def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
     """The causal DiT, ready to run: cast, placed, with the attention backend and compilation asked for."""
-    model = place(load_transformer(config), runtime.device, runtime.dtype)
+    model = place(load_transformer(config), home(config, runtime), runtime.dtype)
     backend = config.inference.attention_backend or best_backend(runtime.device)
     try:
         model.set_attention_backend(backend)
@@ -123,8 +129,11 @@ def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
         torch.set_num_threads(config.inference.threads)
     log.info("loading the models of %s", config.model.bundle)
     transformer = load_model(config, runtime)
-    tokenizer, text_encoder = load_text_encoder(config, runtime.device, runtime.dtype)
-    vae = load_vae(config, runtime.device, runtime.dtype)
+    place_of, offload = home(config, runtime), config.inference.offload
+    tokenizer, text_encoder = load_text_encoder(config, place_of, runtime.dtype)
+    vae = load_vae(config, place_of, runtime.dtype)
+    if config.inference.vae_tiling:
+        vae.enable_tiling()
     settings = pipeline_settings(config)
     pipe = PackForcingPipeline(tokenizer, text_encoder, vae, load_scheduler(config), transformer, **settings)
     if config.model.lora:
@@ -134,6 +143,11 @@ def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
         pipe.set_adapters(list(found), [scale for _, scale in found.values()])
         pipe.fuse_lora(adapter_names=list(found))  # all at once: a file read after a fusion would undo it
         pipe.unload_lora_weights()  # what was fused stays
+    if offload == Offload.model:
+        pipe.enable_model_cpu_offload(device=runtime.device)
+    elif offload == Offload.group:
+        stream = runtime.device.type == "cuda"
+        pipe.enable_group_offload(runtime.device, offload_type="leaf_level", use_stream=stream)
     return pipe
 
 

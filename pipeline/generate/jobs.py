@@ -24,6 +24,7 @@ _NOT_IN_THE_VIDEO = {
     "cache": ("archive_device",),
     "inference": (
         "data_path", "output_folder", "num_samples", "device", "attention_backend", "compile", "threads",
+        "offload",
     ),
     "parallel": ("sequence",),
 }  # fmt: skip

@@ -101,6 +101,10 @@ class Counts(Stopwatch):
         self._storages[key] = [kind, 0, label]
         self._change(kind, -size, label)
 
+    def recall(self, tensor: torch.Tensor) -> None:
+        """Count the memory of a discarded tensor again: it is back."""
+        self.resized(tensor.untyped_storage())
+
     def communicated(self, kind: str, size: int) -> None:
         self.comm[kind][0] += 1
         self.comm[kind][1] += size
