@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+from diffusers import ModelMixin
 from diffusers.models.activations import GELU
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
 from torch import nn
@@ -53,7 +54,21 @@ def attend(
         return out.transpose(1, 2)
     if mask is not None:
         backend = AttentionBackendName.NATIVE
+    elif backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    trains = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
+    if backend == AttentionBackendName._NATIVE_CUDNN and not trains:  # as diffusers, but no other kernel switched off
+        parts = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, False)[0].transpose(1, 2)
     return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend)
+
+
+def switches_kernels(model: ModelMixin) -> bool:
+    """Whether attention without gradient switches SDPA's other kernels off while it runs, and so for all threads: what
+    another one attends by SDPA changes its last bits, or finds no kernel."""
+    default, names = _AttentionBackendRegistry.get_active_backend()[0], AttentionBackendName
+    used = [getattr(processor, "_attention_backend", None) or default for processor in model.attn_processors.values()]
+    return any(backend in (names._NATIVE_EFFICIENT, names._NATIVE_FLASH, names._NATIVE_MATH) for backend in used)
 
 
 def matmul_attention(

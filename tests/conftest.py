@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from distill import write_world
 from tiny import write_bundle
 
@@ -18,3 +19,9 @@ def bundle(tmp_path_factory):
 def root(tmp_path_factory):
     """A world to distil in, the module's own."""
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def diffusers_backend(monkeypatch):
+    """What `set_attention_backend` of one model makes the default of all others is undone after the test."""
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)

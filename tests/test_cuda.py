@@ -47,12 +47,14 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, allowed: float) -> None:
     assert error <= allowed * theirs.abs().max(), f"{error} of {theirs.abs().max()}"
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kernels_equal_plain_products(backend):
+def test_kernels_equal_plain_products(backend, grad):
     query, key, value = (randn(2, size, 4, 64, seed=i) for i, size in enumerate((96, 320, 320)))
     expected = matmul_attention(query, key, value)
     ours = (x.to(DEVICE, torch.bfloat16) for x in (query, key, value))
-    close(attend(*ours, backend), expected, BF16)
+    with torch.set_grad_enabled(grad):
+        close(attend(*ours, backend), expected, BF16)
 
 
 @torch.no_grad()

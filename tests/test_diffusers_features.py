@@ -279,7 +279,7 @@ def test_offloaded_as_a_whole():
     hook.offload()
 
 
-def test_attention_backend_by_name():
+def test_attention_backend_by_name(diffusers_backend):
     model, cache, _ = make({})
     expected = outputs(model, cache)
     model.set_attention_backend("_native_math")

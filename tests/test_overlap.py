@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_pipeline import CACHE, PROMPT, SAMPLER, VIDEO
 
+from model.attention import attend
 from model.cache.cache import PackCache
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.generate.vae_stream import StreamingDecoder
@@ -153,6 +154,22 @@ def test_under_autocast_everything_stays_in_one_thread(pipe, monkeypatch):
     monkeypatch.setattr("utils.ahead.ahead", lambda items: pytest.fail("a thread does not know of it"))
     with torch.autocast("cpu", torch.bfloat16):
         assert pipe(PROMPT, num_frames=13).frames.shape[1] == 13
+
+
+def test_where_attention_switches_kernels_everything_stays_in_one_thread(pipe, monkeypatch, diffusers_backend):
+    """The VAE's attention would be switched with it, at times."""
+    monkeypatch.setattr("utils.ahead.ahead", lambda items: pytest.fail("its thread switches kernels for both"))
+    pipe.transformer.set_attention_backend("_native_math")
+    assert pipe(PROMPT, num_frames=13).frames.shape[1] == 13
+    pipe.transformer.reset_attention_backend()  # diffusers' default is what was set last, for whatever model
+    assert pipe(PROMPT, num_frames=13).frames.shape[1] == 13
+
+
+@torch.no_grad()
+def test_attention_by_cudnn_switches_no_kernel(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda *_: pytest.fail("kernels are switched off"))
+    query, key = (torch.empty(2, size, 4, 64, device="meta", dtype=torch.bfloat16) for size in (96, 320))
+    assert attend(query, key, key, "_native_cudnn").shape == query.shape
 
 
 def test_what_overlap_is_worth_can_be_measured(pipe):

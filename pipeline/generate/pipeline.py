@@ -26,6 +26,7 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from model.attention import switches_kernels
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from pipeline.data.schedule import Prompt
@@ -275,6 +276,7 @@ class PackForcingPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         overlap = self.overlap and chunks > 1 and asked.output_type != "latent"
         overlap &= not hasattr(self.vae, "_hf_hook")  # offloaded: one model at a time is on the device
         overlap &= not torch.is_autocast_enabled(self._execution_device.type)  # which another thread has not
+        overlap &= not switches_kernels(self.transformer)  # under the decoder's feet
         try:
             made = in_step(chunks_made(), ranks)
             yield from decoded(rollout, made, decoder, asked.output_type, asked.num_frames, overlap)
