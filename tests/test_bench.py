@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scripts import bench_inference, bench_train, soak
 from tests import tiny
@@ -106,6 +107,13 @@ def test_what_is_kept_of_every_chunk_is_seen(config, capsys, short, monkeypatch)
     assert soak.main([config, "--chunks=6"]) == 0
     first, *_, last = last_line(capsys)["rows"]
     assert last["tensor_bytes"] - first["tensor_bytes"] >= 2 * 2**22
+
+
+def test_a_compilers_stand_in_has_no_bytes():
+    before = soak.tensor_bytes()
+    with FakeTensorMode():
+        standing_in = torch.ones(2**20)
+    assert soak.tensor_bytes() < before + standing_in.nbytes
 
 
 def test_a_long_run_into_a_video(tmp_path, capsys, short):

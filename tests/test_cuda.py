@@ -26,6 +26,13 @@ BF16 = 0.03  # of the largest value: eight bits of mantissa through two layers
 BACKENDS = sorted({AttentionBackendName.NATIVE.value, best_backend(DEVICE), best_backend(DEVICE, trains=True)})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_stays_compiled():
+    """With it the compiler would keep a thousand tensors that stand for others."""
+    yield
+    torch.compiler.reset()
+
+
 class OperationCounter(TorchDispatchMode):
     """Calls of some operators."""
 
