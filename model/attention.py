@@ -270,5 +270,5 @@ def can_fuse(linear: nn.Linear, x: torch.Tensor) -> bool:
     if type(linear) is not nn.Linear or linear.bias is None or is_traceable_wrapper_subclass(linear.weight):
         return False
     hooks = linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear)
-    away = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    away = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
     return not hooks and not away and linear.weight.dtype == linear.bias.dtype == x.dtype

@@ -73,6 +73,8 @@ def test_gelu_at_the_end_of_a_product():
     assert not can_fuse(layer.proj, x.float())
     with torch.enable_grad():
         assert not can_fuse(layer.proj, x)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert not can_fuse(layer.proj, x)
     hook = layer.proj.register_forward_hook(lambda *_: None)
     assert not can_fuse(layer.proj, x)
     hook.remove()
