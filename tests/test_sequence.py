@@ -2,12 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from inference_packforcing import main
 from pipeline.generate.jobs import what_was_made
+from pipeline.generate.together import given
 from pipeline.train.checks import check_run
 from tests import scale_runs, sequence_runs, tiny
 from utils.config import Config, ConfigError, ParallelConfig
@@ -116,6 +120,13 @@ def test_too_few_ranks_or_heads_are_told_in_one_line(bundle, tmp_path, capsys, o
 def test_a_finished_video_is_finished_whatever_the_number_of_ranks():
     made = [what_was_made("a", 0, plain(Config(parallel=ParallelConfig(sequence=ranks))), {}) for ranks in (1, 2)]
     assert made[0] == made[1]
+
+
+def test_pixels_that_ranks_are_given_are_compared():
+    frames = [np.full((4, 4, 3), level, np.uint8) for level in (1, 2)]
+    for kind in (np.array, Image.fromarray, torch.from_numpy):
+        one, other, again = (given(SimpleNamespace(image=[kind(frames[level])])) for level in (0, 1, 0))
+        assert one == again != other
 
 
 def test_training_refuses(tmp_path):

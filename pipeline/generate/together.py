@@ -6,8 +6,10 @@ from contextlib import closing
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL.Image import Image
 
 from model.sequence import Ranks
 
@@ -21,6 +23,8 @@ def given(asked: SimpleNamespace) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, np.ndarray | Image):
+        value = torch.from_numpy(np.array(value))
     if isinstance(value, torch.Tensor):
         return f"{list(value.shape)} {hashlib.sha256(value.detach().cpu().float().numpy().tobytes()).hexdigest()[:8]}"
     if isinstance(value, torch.Generator):
