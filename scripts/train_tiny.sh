@@ -16,10 +16,6 @@ single="vae vae_cuts teacher ar_diffusion teacher_motion dmd"
 stories="story_stills story_ar story_compressor story_dmd story_memory"
 for stage in ${STAGES:-$single $stories}; do
   echo "== $stage"
-  if [ "$stage" = story_compressor ] && [ ! -d runs/story ]; then # what distillation changed, added to what stories taught
-    "${bin}python" -m scripts.add_weights runs/story_ar/bundle/transformer runs/dmd/bundle/transformer \
-      --before runs/ar_diffusion/bundle/transformer --output runs/story/transformer
-  fi
   "${bin}torchrun" --nproc_per_node="${RANKS:-2}" --master_port="${MASTER_PORT:-29500}" \
     train.py --config_path "configs/tiny/$stage.yaml" "$@"
 done
