@@ -250,6 +250,28 @@ def test_compiled_by_inductor(part):
     assert_alike(model, cache, expected, atol=5e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("use", ["clip", "chunk"])
+def test_compiled_by_inductor_with_gradient(use):
+    """The whole model: teacher forcing, and a chunk behind a history as in DMD."""
+    gradients = []
+    for compiled in (False, True):
+        model, cache, _ = make({})
+        roll(model, cache, 2)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile()
+        if use == "clip":
+            out = model(*INPUTS, clean_hidden_states=toy_chunk(1, frames=6))
+        else:
+            out = model(toy_chunk(2), torch.tensor([500.0]), toy_prompt(), context=cache.context())
+        out.sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 50
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-6 + 1e-4 * expected.abs().max(), rtol=0)
+
+
 def test_layerwise_casting():
     """Weights stored in 8 bits, computed in float32; norms, embeddings and modulation tables stay as they are."""
     model, cache, _ = make({})
