@@ -112,7 +112,7 @@ def test_only_what_a_stage_shows_is_encoded(tmp_path):
     config.video.height, config.video.width = 32, 48
     config.data.path, config.data.vae = str(tmp_path / "latents"), str(tmp_path / "vae")
     config.data.num_clips, config.data.num_stills, config.data.clip_frames = 3, 5, 5
-    captions = [caption(sample_spec(config.seed, i)) for i in range(3)]
+    captions = [caption(sample_spec(config.seed, i, motions=config.data.motions)) for i in range(3)]
     few = PromptData.load(config, 4, CPU, World())
     assert [path.name for path in (tmp_path / "latents").iterdir()] == ["reference"]
     assert few.prompts == captions
