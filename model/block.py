@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel,
 from torch.nn.functional import layer_norm
 
 from model.attention import CausalWanAttnProcessor, LayerNorm, RMSNorm, TanhGELU, exact, own_heads, project
-from model.kv import History, LayerKV, MidTokens, Pair, Room
+from model.kv import History, LayerKV, MidTokens, Pair, ReadyHistory, Room, TextKV
 from model.rope import Rotation
 
 
@@ -67,6 +67,32 @@ class LayerMemory:
     passed: Passed | None = None  # for the next layer
     room: Room | None = None  # where keys and values go, where that is settled
     text_pair: Pair | None = None  # the prompts' K, V; the forward fills it
+
+    @classmethod
+    def before(
+        cls, layer: int, history: ReadyHistory | None, mid_tokens: MidTokens | None, new_mid: MidTokens | None,
+        text_kv: TextKV | None, leaves: bool,
+    ) -> "LayerMemory":  # fmt: skip
+        """Of the block with index `layer`, from a forward's history (None: a whole clip) and memo (None: without)."""
+        context = None if history is None else history.context
+        memory = cls(layer, context, mid_tokens, new_mid, text_kv is not None, leaves)
+        memory.passed = Passed()
+        memory.passed.prepare(layer, mid_tokens, new_mid)
+        memory.room = None if history is None else history.rooms[layer]
+        memory.text_pair = None if text_kv is None else text_kv.get(layer)
+        return memory
+
+    def after(
+        self, mid_tokens: MidTokens | None, new_mid: MidTokens | None, text_kv: TextKV | None
+    ) -> tuple[MidTokens | None, MidTokens | None]:
+        """Behind the block: fills `text_kv` and lets go of what the block left. Returns the compressed chunks for the
+        next one."""
+        if self.text_pair is not None:
+            text_kv[self.layer] = self.text_pair
+        self.passed.keep_text(self.layer, mid_tokens, new_mid)
+        passed = self.passed.mid_tokens or mid_tokens, self.passed.new_mid or new_mid
+        self.left = self.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
+        return passed
 
     def with_history(self, attn, query, rotated_key, value):
         """Keys and values of the history and the chunk itself: [B, history + L, heads, D] each."""

@@ -19,16 +19,15 @@ from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
-from einops import rearrange
 from torch import nn
 
 from model.attention import CausalWanAttnProcessor, clip_mask
-from model.block import CausalWanBlock, LayerMemory, Passed
+from model.block import CausalWanBlock, LayerMemory
 from model.compressing import compress_archived, compress_own
+from model.ends import Ends, behind_clean
 from model.fresh_compressor import COMPRESSOR_PREFIX, FreshCompressor
 from model.geometry import ChunkGeometry
 from model.kv import ChunkKV, ReadyHistory, TextKV
-from model.rope import Rotation, grid_positions, grid_rotation, precise
 from model.sequence import SequenceParallel
 
 
@@ -39,7 +38,7 @@ class CausalWanOutput(Transformer2DModelOutput):
     kv: ChunkKV | None = None
 
 
-class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
+class CausalWanModel(Ends, SequenceParallel, FreshCompressor, WanTransformer3DModel):
     """Chunk-causal Wan2.1 T2V transformer.
 
     Takes `WanTransformer3DModel`'s settings (and loads its checkpoints), and:
@@ -156,29 +155,16 @@ class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
             ValueError: frames that do not fit the chunk, a prompt that is too long, image conditioning, a context with
                 attention processors that cannot read it.
         """
-        if encoder_hidden_states_image is not None:
-            raise ValueError("encoder_hidden_states_image: CausalWanModel is text-to-video only")
         _, _, frames, height, width = hidden_states.shape
         geometry, chunk = self.geometry(height, width), self.config.frames_per_chunk
-        if (frames != chunk) if context is not None else (frames % chunk):
-            raise ValueError(f"{frames} latent frames do not fit chunks of {chunk} (set frames_per_chunk)")
+        timestep = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
+        self._check_inputs(frames, timestep, encoder_hidden_states_image, of_chunk=context is not None)
         if torch.is_grad_enabled():
             text_kv = None  # a memo has no gradient, and a recomputation must not find it filled
-        timestep = timestep if timestep.ndim == 2 else timestep[:, None]  # [B, G]
-        if timestep.shape[1] not in (1, frames):
-            raise ValueError(f"timestep has {timestep.shape[1]} columns: give [B], or [B, F] with {frames} frames")
-
         latents, clean = hidden_states, hidden_states if clean_hidden_states is None else clean_hidden_states
         teacher_forcing = context is None and clean_hidden_states is not None
         if teacher_forcing:
-            if clean.shape != hidden_states.shape:
-                shapes = f"{tuple(clean.shape)}: must be of the shape of hidden_states, {tuple(hidden_states.shape)}"
-                raise ValueError(f"clean_hidden_states are {shapes}")
-            timestep = timestep.expand(-1, frames)
-            clean_timestep = torch.zeros_like(timestep) if clean_timestep is None else clean_timestep
-            clean_timestep = clean_timestep if clean_timestep.ndim == 2 else clean_timestep[:, None]
-            timestep = torch.cat((clean_timestep.expand(-1, frames), timestep), dim=1)  # [B, 2F]
-            latents = torch.cat((clean, hidden_states), dim=2)  # [B, C, 2F, H, W]
+            latents, timestep = behind_clean(hidden_states, timestep, clean, clean_timestep)  # of 2F frames, [B, 2F]
 
         x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, L, dim]
         temb, modulation = self._embed_time(timestep, x.dtype)  # [B, G, dim], [B, G, 6, dim]
@@ -191,7 +177,7 @@ class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
             rotation = self._clip_rotation(geometry, frames, teacher_forcing, x.device)
             make_mask = clip_mask.__wrapped__ if torch.compiler.is_compiling() else clip_mask  # dynamo sees no memo
             mask = make_mask(frames, geometry.tokens_per_frame, chunk, teacher_forcing, x.device)
-            mid_tokens = new_mid = None
+            history = mid_tokens = new_mid = None
         else:
             if not (torch.compiler.is_compiling() and isinstance(context, ReadyHistory)):
                 context = self._read_context(context, x, geometry)
@@ -206,12 +192,9 @@ class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
         for layer, block in enumerate(self.blocks):
             memory = None
             if context is not None or text_kv is not None:
-                memory = LayerMemory(layer, context, mid_tokens, new_mid, text_kv is not None, return_kv)
-                memory.passed, memory.left = Passed(), None if kv is None else kv.layers[layer]
-                memory.passed.prepare(layer, mid_tokens, new_mid)
-                memory.room = None if context is None else history.rooms[layer]
+                memory = LayerMemory.before(layer, history, mid_tokens, new_mid, text_kv, leaves=return_kv)
+                memory.left = None if kv is None else kv.layers[layer]
                 memory.only_kv = not (return_sample or context is None) and layer == len(self.blocks) - 1
-                memory.text_pair = None if text_kv is None else text_kv.get(layer)
             arguments = (x, text, modulation, rotation, mask, memory)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)  # [B, L, dim]
@@ -219,16 +202,11 @@ class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
                 x = block(*arguments)  # [B, L, dim]
             if memory is not None:
                 layers.append(memory.left)
-                if memory.text_pair is not None:
-                    text_kv[layer] = memory.text_pair
-                memory.passed.keep_text(layer, mid_tokens, new_mid)
-                mid_tokens, new_mid = memory.passed.mid_tokens or mid_tokens, memory.passed.new_mid or new_mid
-                memory.left = memory.passed.mid_tokens = None  # or a checkpoint would keep them until the backward pass
+                mid_tokens, new_mid = memory.after(mid_tokens, new_mid, text_kv)
 
         sample = None
         if x is not None:
-            sample = self._unpatchify(self._project_out(x, temb), latents.shape[2], geometry)  # [B, C, F or 2F, H, W]
-            sample = sample[:, :, -frames:]  # [B, C, F, H, W]
+            sample = self._flow(x, temb, geometry)[:, :, -frames:]  # [B, C, F, H, W]
         if not return_dict:
             return (sample,)
         complete = context is not None and return_kv and all(layer is not None for layer in layers)
@@ -249,42 +227,6 @@ class CausalWanModel(SequenceParallel, FreshCompressor, WanTransformer3DModel):
                 raise ValueError(f"attention processor {type(processor).__name__} cannot read a chunk's history: "
                                  "set CausalWanAttnProcessor or a subclass of it")  # fmt: skip
         return ready
-
-    def _embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """timestep [B, G] -> temb [B, G, dim] and modulation [B, G, 6, dim]."""
-        embedder = self.condition_embedder
-        sinusoid = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)  # [B, G, freq_dim]
-        sinusoid = sinusoid.to(embedder.time_embedder.linear_1.weight.dtype)
-        temb = embedder.time_embedder(sinusoid).to(dtype)  # [B, G, dim]
-        return temb, embedder.time_proj(embedder.act_fn(temb)).unflatten(-1, (6, -1))
-
-    def _embed_text(self, prompt_embeds: torch.Tensor, text_kv: TextKV | None) -> torch.Tensor | None:
-        """[B, ..., n, text_dim], n <= text_len -> [B, ..., text_len, dim]; None where every layer has its K, V."""
-        if text_kv is not None and len(self.blocks) - 1 in text_kv:
-            return None
-        missing = self.config.text_len - prompt_embeds.shape[-2]
-        if missing < 0:
-            raise ValueError(f"prompt embeddings have {prompt_embeds.shape[-2]} tokens: text_len is "
-                             f"{self.config.text_len}")  # fmt: skip
-        padded = nn.functional.pad(prompt_embeds, (0, 0, 0, missing))  # [B, ..., text_len, text_dim]
-        return self.condition_embedder.text_embedder(padded)
-
-    def _clip_rotation(self, geometry: ChunkGeometry, frames: int, repeat: bool, device: torch.device) -> Rotation:
-        times = torch.arange(frames, dtype=precise(device), device=device)
-        rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
-        return grid_rotation(times.repeat(2) if repeat else times, rows, cols, self.config.attention_head_dim)
-
-    def _project_out(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """x [B, L, dim], temb [B, G, dim] -> [B, L, C * prod(patch)]."""
-        shift, scale = (self.scale_shift_table[:, None] + temb[:, :, None]).unbind(2)  # [B, G, dim] each
-        out = self.norm_out(x.float()).unflatten(1, (temb.shape[1], -1))  # [B, G, L/G, dim]
-        out = out * (1 + scale[:, :, None]) + shift[:, :, None]
-        return self.proj_out(out.flatten(1, 2).type_as(x))
-
-    def _unpatchify(self, x: torch.Tensor, frames: int, geometry: ChunkGeometry) -> torch.Tensor:
-        _, patch_h, patch_w = geometry.patch_size
-        h, w = geometry.grid
-        return rearrange(x, "b (f h w) (ph pw c) -> b c f (h ph) (w pw)", f=frames, h=h, w=w, ph=patch_h, pw=patch_w)
 
     @classmethod
     def from_wan(cls, wan: WanTransformer3DModel, **settings: Any) -> "CausalWanModel":
