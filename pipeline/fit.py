@@ -41,7 +41,7 @@ def check_memory(config: Config, part: str, world: World, device: torch.device) 
         log.info("estimate: %.1f of %.1f GiB a rank at the peak (%s)", found["memory_gib"], memory, parts)
     if not found["fits"]:
         training = "more ranks with train.sharding=full, a smaller train.batch_size"
-        way = "several ranks a video (parallel.sequence)" if part == "infer" else training
+        way = "inference.offload, several ranks a video (parallel.sequence)" if part == "infer" else training
         raise ConfigError(
             f"{part} needs about {found['memory_gib']:.1f} GiB a rank ({parts}) and some for CUDA itself; the GPU has "
             f"{memory:.1f} GiB: use {way} or a smaller cache, or skip this check with --no_estimate"
