@@ -85,6 +85,21 @@ def test_each_role_trains_its_own_weights(stage):
     assert stage.parts("generator") == {"compressor": stage.transformer.pack_compressor}
 
 
+def test_a_compressor_that_is_not_trained(root, stage):
+    """It has no gradient and keeps its weights; the video, and what the other weights are taught of it, stay."""
+    frozen = make_stage(root, "dmd", "dmd.train_compressor=false")
+    batch = frozen.batch(0, INDICES)
+    loss, logs = frozen.loss("generator", batch, 0)
+    expected, _ = stage.loss("generator", batch, 0)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-5)
+    loss.backward()
+    found = gradients(frozen.modules["generator"])
+    trained = {n for n, p in frozen.modules["generator"].named_parameters() if p.requires_grad}
+    assert found.keys() == trained and not any("pack_compressor" in name for name in trained)
+    assert logs["mid_tokens_attended"] > 0 and frozen.parts("generator") == {}
+
+
+
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_only_the_frozen_teacher_is_in_bfloat16(root, mixed_precision):
     stage = make_stage(root, "dmd", f"train.mixed_precision='{mixed_precision}'")

@@ -152,6 +152,7 @@ class DMDConfig:
     offload_teacher: bool = False  # in host memory, one block at a time on the GPU; needs train.sharding=none
     critic: str | None = None  # folder that the critic, the fake score, starts from; null: the teacher's
     critic_updates: int = within("[1, 1e6]", 5)  # per update of the generator
+    train_compressor: bool = True  # by the generator's loss; false: it stays as it started
     critic_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
     guidance: float = within("[0, 1000]", 3.0)  # of the real score: cond + g * (cond - uncond)
     guidance_above: float = within("[0, 1000]", 0.0)  # timestep; below it the real score is cond

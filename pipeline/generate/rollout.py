@@ -59,6 +59,7 @@ class Rollout:
         grad_step: training (self-rollout): stop every chunk at this step index and run that step with gradient; the
             compressor is then trained through the mid tokens. None: no gradient, all steps.
         grad_from: with `grad_step`, chunks before this one stop at the same step but have no gradient.
+        train_compressor: with `grad_step`; false: mid tokens are as committed, without gradient.
         on_step_end: called after every denoising step.
         device: where the model runs; None: where its weights are.
         decoder: of a video that starts where the cache does; needed where the compressor looks at pixels.
@@ -76,9 +77,10 @@ class Rollout:
         on_step_end: StepCallback | None = None,
         device: torch.device | None = None,
         decoder: StreamingDecoder | None = None,
+        train_compressor: bool = True,
     ):
         self.model, self.cache, self.sampler, self.noise = model, cache, sampler, noise
-        self.grad_step, self.grad_from = grad_step, grad_from
+        self.grad_step, self.grad_from, self.train_compressor = grad_step, grad_from, train_compressor
         self.on_step_end = on_step_end
         if grad_step is not None and (sampler.kind != "few_step" or sampler.guidance != 1):
             raise ValueError("a rollout with gradient needs sampler.kind=few_step and sampler.guidance=1")
@@ -214,7 +216,7 @@ class Rollout:
     def _commit(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
         """`kv`: what the chunk's last step left, in place of a forward over all of its tokens."""
         latents, low_res, timestep = chunk
-        noisy, context.may_train = latents, torch.is_grad_enabled()
+        noisy, context.may_train = latents, torch.is_grad_enabled() and self.train_compressor
         if timestep is not None or self.sampler.context_timestep > 0:
             timestep = self._per_video(self.sampler.context_timestep if timestep is None else timestep)
             noisy = self.schedule.add_noise(latents, self._draw(self.index, -1), timestep)
@@ -279,6 +281,6 @@ class Rollout:
                 self.embeds,
                 context=context.ready(len(self.model.blocks), self.device),
                 text_kv=None if train else self.text_kv,  # a memo has no gradient
-                train_compressor=train,
+                train_compressor=train and self.train_compressor,
                 **options,
             )

@@ -101,6 +101,8 @@ class DMDStage(GeneratorStage):
         student = load_student(config, text, device)
         super().__init__(config, device, student, text, vae_folder(config), (student.config.in_channels, *size))
         self.new_cache()  # raises where its settings do not fit the model
+        if student.pack_compressor is not None:
+            student.pack_compressor.requires_grad_(config.dmd.train_compressor)
         self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
         paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher
         self.teacher, self.critic = (
@@ -128,7 +130,8 @@ class DMDStage(GeneratorStage):
 
     def parts(self, role: str) -> dict[str, nn.Module]:
         compressor = self.transformer.pack_compressor
-        return {"compressor": compressor} if role == "generator" and compressor is not None else {}
+        trained = role == "generator" and compressor is not None and self.config.dmd.train_compressor
+        return {"compressor": compressor} if trained else {}
 
     def role_batch(self, role: str, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """Prompts, other ones for each role, as in the reference; everything else is made by the generator."""
@@ -190,6 +193,7 @@ class DMDStage(GeneratorStage):
                 noise,
                 grad_step=self.exit_step(role, step),
                 grad_from=chunks - trained if role == "generator" else chunks,
+                train_compressor=self.config.dmd.train_compressor,
             )
             rolled = rollout.run(chunks, commit_last=False, parts=shots)
             made = [latents for _, latents in rolled]  # [B, C, F, H, W] each
