@@ -32,11 +32,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.cli import answer_typos, check_positive, config_parser, run_command
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -50,6 +45,7 @@ from pipeline.generate.pipeline import PackForcingPipeline
 from scripts.ablate_page import grouped, write_page
 from scripts.held_out import held_out_stories
 from scripts.judge import judge
+from utils.cli import check_positive, config_parser, run_command
 from utils.config import Config, ConfigError
 from utils.distributed import World, barrier, rank
 from utils.files import writable_folder, write_json

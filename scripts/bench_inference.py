@@ -21,11 +21,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from utils.cli import answer_typos, check_positive, config_parser, print_rows, run_configured
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
@@ -44,6 +39,7 @@ from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_scheduler, load_text_encoder, load_vae
 from pipeline.text import encode_text
 from utils.ahead import ahead
+from utils.cli import check_positive, config_parser, print_rows, run_configured
 from utils.config import Config, ConfigError
 from utils.timing import Stopwatch, device_name, peak_memory, synchronise
 from utils.video import VideoWriter

@@ -28,17 +28,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.cli import answer_typos, check_positive, config_parser, print_rows, run_configured
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 import torch
 
 from model.geometry import WAN_PATCH_SIZE
 from pipeline.train.dmd import DMDStage
 from pipeline.train.trainer import Trainer
 from scripts.stand_ins import stand_ins
+from utils.cli import check_positive, config_parser, print_rows, run_configured
 from utils.config import Config
 from utils.distributed import World, rank
 from utils.timing import Stopwatch, device_name, peak_memory

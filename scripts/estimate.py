@@ -25,11 +25,7 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from utils.cli import answer_typos, run_command
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
+from utils.cli import run_command
 from utils.config import Config, ConfigError
 from utils.distributed import World
 from utils.fakecuda.device import ensure

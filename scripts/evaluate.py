@@ -31,14 +31,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from utils.cli import answer_typos, check_positive, run_command
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 from scripts.generated import find_videos, read_sidecar
 from scripts.held_out import VideoSource, held_out_stories
 from scripts.judge import Verdict, judge, print_comparison, print_recall, print_table, summarise
+from utils.cli import check_positive, run_command
 from utils.config import Config, ConfigError
 from utils.load_config import load_config
 from utils.sprites.recall import CHANCE, RECALLED, recall, recall_table, score_story

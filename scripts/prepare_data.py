@@ -29,11 +29,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from utils.cli import answer_typos, check_positive, config_parser, run_configured
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 import torch
 from diffusers import AutoencoderKLWan
 
@@ -45,6 +40,7 @@ from pipeline.data.vae_clip import encode_frames
 from pipeline.data.videos import VideoClips, list_videos
 from pipeline.load import load_library_model
 from pipeline.sources import vae_folder
+from utils.cli import check_positive, config_parser, run_configured
 from utils.config import Config, ConfigError
 from utils.distributed import World, rank
 

@@ -22,11 +22,6 @@ from collections import deque
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from utils.cli import answer_typos, check_positive, config_parser, print_rows, run_configured
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    answer_typos()
-
 import psutil
 import torch
 from tqdm import tqdm
@@ -36,6 +31,7 @@ from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.pipeline import PackForcingPipeline
 from scripts.bench_inference import pipeline_of
 from utils.ahead import ahead
+from utils.cli import check_positive, config_parser, print_rows, run_configured
 from utils.config import Config, ConfigError
 from utils.files import writable_folder
 from utils.timing import device_name, peak_memory

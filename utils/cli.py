@@ -139,8 +139,8 @@ def _cell(value: object) -> str:
 
 
 def answer_typos() -> None:
-    """Leave where `--config_path` or a `key=value` in sys.argv is wrong; for the top of a script whose imports take
-    seconds. What follows a flag may be its value, and is left to the script."""
+    """Leave where `--config_path` or a `key=value` in sys.argv is wrong; for scripts, before their imports. What
+    follows a flag may be its value, and is left to the script."""
     before, paths, overrides = "", [], []
     for argument in sys.argv[1:]:
         if before == "--config_path" or argument.startswith("--config_path="):
