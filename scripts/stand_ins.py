@@ -14,7 +14,7 @@ from pipeline.bundle import transformer_settings, vae_shape_of
 from pipeline.data.clips import CLIPS, encoder_mark
 from pipeline.data.prompts import fixed_prompts
 from pipeline.data.shards import ShardWriter
-from pipeline.data.text import EmbeddingWriter
+from pipeline.data.text import write_embeddings
 from pipeline.train.trajectories import TRAJECTORIES, student_steps
 from pipeline.train.vae import build_vae
 from utils.config import Config
@@ -38,11 +38,9 @@ def stand_ins(config: Config, folder: Path) -> Config:
     (model.save_pretrained if re_encodes else model.save_config)(folder / "vae")
     prompts = [f"prompt {number}" for number in range(8)]
     (folder / "prompts.txt").write_text("\n".join(prompts))
-    everything = list(dict.fromkeys(fixed_prompts(config) + prompts))
-    rows = [keyed_randn((settings["text_len"], settings["text_dim"]), prompt) for prompt in everything]
-    EmbeddingWriter(folder / "text", "random", settings["text_len"], settings["text_dim"], World()).write(
-        0, everything, rows
-    )
+    shape = settings["text_len"], settings["text_dim"]
+    write_embeddings(fixed_prompts(config) + prompts, lambda some: [keyed_randn(shape, prompt) for prompt in some],
+                     "random", folder / "text", *shape, World())  # fmt: skip
     shapes = {
         name: path if path is not None and (Path(path) / "config.json").is_file() else None
         for name, path in (("teacher", dmd.teacher), ("critic", dmd.critic))

@@ -1,6 +1,7 @@
 """Stored prompt embeddings: the same as the encoder's, resumable, and training runs without the encoder."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors import safe_open
 
 from pipeline.data import shards
 from pipeline.data import text as text_embeddings
-from pipeline.data.text import TextEmbeddings, write_embeddings
+from pipeline.data.text import TextEmbeddings, encode_trimmed, write_embeddings
 from pipeline.load import load_text_encoder
 from pipeline.text import encode_text
 from pipeline.train import text as conditioning
@@ -85,11 +86,11 @@ def test_a_stopped_run_goes_on_and_prompts_can_be_added(run, tmp_path, monkeypat
     monkeypatch.setattr(text_embeddings, "SHARD_PROMPTS", 2)
     original, encoded = text_embeddings.encode_trimmed, []
 
-    def counted(tokenizer, encoder, prompts, text_len):
+    def counted(tokenizer, encoder, prompts, **options):
         if len(encoded) == 4:
             raise KeyboardInterrupt
         encoded.extend(prompts)
-        return original(tokenizer, encoder, prompts, text_len)
+        return original(tokenizer, encoder, prompts, **options)
 
     monkeypatch.setattr(text_embeddings, "encode_trimmed", counted)
     assert run() == INTERRUPTED
@@ -112,20 +113,21 @@ def test_ranks_share_the_work(bundle, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIG)
     config = load_config(tmp_path / "config.yaml", [f"model.bundle={bundle}"])
     tokenizer, encoder = load_text_encoder(config, CPU, torch.float32)
-    listed = PROMPTS[:4]
-    write_embeddings(listed, tokenizer, encoder, "hash", tmp_path / "text", TEXT_LEN, 1, World(0, 2))
+    encode = partial(encode_trimmed, tokenizer, encoder, text_len=TEXT_LEN, batch_size=1)
+    listed, size = PROMPTS[:4], (TEXT_LEN, encoder.config.d_model)
+    write_embeddings(listed, encode, "hash", tmp_path / "text", *size, World(0, 2))
     first = TextEmbeddings(tmp_path / "text")
     assert first.missing(listed) == [listed[1], listed[3]]
     # A second rank that started at the same time has the full list: its share is what the first left.
     monkeypatch.setattr(TextEmbeddings, "missing", lambda self, prompts: list(prompts))
-    write_embeddings(listed, tokenizer, encoder, "hash", tmp_path / "text", TEXT_LEN, 1, World(1, 2))
+    write_embeddings(listed, encode, "hash", tmp_path / "text", *size, World(1, 2))
     monkeypatch.undo()
     both = TextEmbeddings(tmp_path / "text")
     assert both.missing(listed) == [] and len(both) == 4
     expected = encode_text(tokenizer, encoder, listed[1:2], TEXT_LEN)[0, : len(both[listed[1]])]
     assert torch.allclose(both[listed[1]].float(), expected, rtol=2**-8, atol=1e-4)
     with pytest.raises(ConfigError, match="another `encoder`"):
-        write_embeddings(listed, tokenizer, encoder, "other", tmp_path / "text", TEXT_LEN, 1, World())
+        write_embeddings(listed, encode, "other", tmp_path / "text", *size, World())
 
 
 def test_missing_prompts_show_before_training(run, tmp_path):

@@ -4,8 +4,9 @@ Format: `pipeline/data/shards.py`; `embeddings` bfloat16 [sum of lengths, text_d
 int64 [prompts], and the prompts as records. More can be added at any time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,62 +75,42 @@ class TextEmbeddings:
 
 @torch.no_grad()
 def encode_trimmed(
-    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], text_len: int
-) -> list[torch.Tensor]:
-    """`pipeline.text.encode_text` without its zeros: [length, text_dim] per prompt; pads to the longest only."""
-    tokens = tokenized(tokenizer, prompts, text_len, "longest").to(encoder.device)
-    hidden = encode_tokens(encoder, tokens.input_ids, tokens.attention_mask)  # [B, longest, text_dim]
-    return [row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)]
-
-
-class EmbeddingWriter:
-    """A folder of embeddings that ranks add to.
-
-    Args:
-        encoder_hash: of the encoder's weights; a folder holds embeddings of one encoder.
-
-    Raises `ConfigError` where the folder was made with another encoder or length.
-    """
-
-    def __init__(self, folder: Path, encoder_hash: str, text_len: int, text_dim: int, world: World):
-        plan = {"encoder": encoder_hash, "text_len": text_len, "text_dim": text_dim}
-        self._writer = ShardWriter(folder, TEXT, plan, None, world)
-        self._next = 1 + max(map(shard_number, shard_paths(folder)), default=-1)
-        self.stored = TextEmbeddings(folder)
-
-    def write(self, number: int, prompts: Sequence[str], rows: Sequence[torch.Tensor]) -> None:
-        """Add the embeddings [length, text_dim] of `prompts` as new shard `number`, counted from 0 in every rank."""
-        tensors = {
-            "embeddings": torch.cat(list(rows)).to("cpu", torch.bfloat16),
-            "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
-        }
-        self._writer.write(self._next + number, tensors, list(prompts))
+    tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, prompts: Sequence[str], text_len: int,
+    batch_size: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    """`pipeline.text.encode_text` without its zeros: [length, text_dim] per prompt. `batch_size` at once are padded to
+    the longest only."""
+    rows = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = tokenized(tokenizer, prompts[start : start + batch_size], text_len, "longest").to(encoder.device)
+        hidden = encode_tokens(encoder, tokens.input_ids, tokens.attention_mask)  # [B, longest, text_dim]
+        rows += [row[keep.bool()] for row, keep in zip(hidden, tokens.attention_mask, strict=True)]
+    return rows
 
 
 def write_embeddings(
-    prompts: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: UMT5EncoderModel,
-    encoder_hash: str,
-    folder: Path,
-    text_len: int,
-    batch_size: int,
-    world: World,
-) -> None:
-    """Add what is missing of `prompts`, the ranks taking shards in turn; `batch_size` prompts are encoded at once.
+    prompts: Iterable[str], encode: Callable[[list[str]], Sequence[torch.Tensor]], encoder_hash: str, folder: Path,
+    text_len: int, text_dim: int, world: World,
+) -> None:  # fmt: skip
+    """Add what is missing of `prompts` to a folder, the ranks taking shards in turn.
 
-    Raises `ConfigError` as `EmbeddingWriter` does.
+    `encode`: prompts -> an embedding [length, text_dim] of each; `encoder_hash`: of the weights behind it, as a folder
+    holds embeddings of one encoder. Raises `ConfigError` where the folder was made with another encoder or length.
     """
-    writer = EmbeddingWriter(folder, encoder_hash, text_len, encoder.config.d_model, world)
-    missing = writer.stored.missing(prompts)
+    plan = {"encoder": encoder_hash, "text_len": text_len, "text_dim": text_dim}
+    writer = ShardWriter(folder, TEXT, plan, None, world)
+    first = 1 + max(map(shard_number, shard_paths(folder)), default=-1)
+    missing = TextEmbeddings(folder).missing(prompts)
     barrier(world)  # every rank has listed the same missing prompts before one is written
     shards = [missing[start : start + SHARD_PROMPTS] for start in range(0, len(missing), SHARD_PROMPTS)]
     mine = range(world.rank, len(shards), world.size)
     for number in tqdm(mine, desc="text", unit="shard", disable=not world.is_main):
-        rows = []
-        for start in range(0, len(shards[number]), batch_size):
-            rows += encode_trimmed(tokenizer, encoder, shards[number][start : start + batch_size], text_len)
-        writer.write(number, shards[number], rows)
+        rows = encode(shards[number])
+        tensors = {
+            "embeddings": torch.cat(list(rows)).to("cpu", torch.bfloat16),
+            "ends": torch.tensor([len(row) for row in rows]).cumsum(0),
+        }
+        writer.write(first + number, tensors, shards[number])
 
 
 def embed_prompts(config: Config, prompts: Iterable[str], batch_size: int, device: torch.device, world: World) -> None:
@@ -146,6 +127,6 @@ def embed_prompts(config: Config, prompts: Iterable[str], batch_size: int, devic
     there = replace(config, model=replace(config.model, bundle=source))
     tokenizer, encoder = load_text_encoder(there, device, dtype)
     encoder_hash = content_hash(part_folder(Path(source), "text_encoder")) if world.is_main else ""
-    text_len = transformer_settings(config)["text_len"]
-    folder = Path(config.data.text_embeddings)
-    write_embeddings(prompts, tokenizer, encoder, encoder_hash, folder, text_len, batch_size, world)
+    text_len, folder = transformer_settings(config)["text_len"], Path(config.data.text_embeddings)
+    encode = partial(encode_trimmed, tokenizer, encoder, text_len=text_len, batch_size=batch_size)
+    write_embeddings(prompts, encode, encoder_hash, folder, text_len, encoder.config.d_model, world)
