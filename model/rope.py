@@ -155,10 +155,6 @@ def frame_times(start: float, span: float, frames: int) -> torch.Tensor:
 def chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
     """Rotation of a full-resolution chunk whose first latent frame is at time `start`."""
     with torch.inference_mode(False):  # what is kept must serve a later forward with gradient too
-        return _chunk_rotation(geometry, start, head_dim, device)
-
-
-def _chunk_rotation(geometry: ChunkGeometry, start: float, head_dim: int, device: torch.device) -> Rotation:
-    times = start + torch.arange(geometry.frames, dtype=precise(device), device=device)
-    rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
-    return grid_rotation(times, rows, cols, head_dim)
+        times = start + torch.arange(geometry.frames, dtype=precise(device), device=device)
+        rows, cols = (grid_positions(size, size, aligned=False, device=device) for size in geometry.grid)
+        return grid_rotation(times, rows, cols, head_dim)

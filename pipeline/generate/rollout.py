@@ -168,7 +168,9 @@ class Rollout:
         """Commit the chunk that `run` yielded last, as it does by itself when asked for more."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._finish(*pending)
+            with part("commit"):
+                self._commit(*pending)
+            self._last.append(pending.chunk)
 
     def _sample(self, index: int, context: ChunkContext) -> torch.Tensor:
         """Denoise the next chunk: [B, C, F, H, W]."""
@@ -207,11 +209,6 @@ class Rollout:
         self.settle()
         context = context or self.cache.context()
         self._pending = _Pending(_Committed(latents, self._decode(latents, context), timestep), context, None)
-
-    def _finish(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
-        with part("commit"):
-            self._commit(chunk, context, kv)
-        self._last.append(chunk)
 
     def _commit(self, chunk: _Committed, context: ChunkContext, kv: ChunkKV | None = None) -> None:
         """`kv`: what the chunk's last step left, in place of a forward over all of its tokens."""
