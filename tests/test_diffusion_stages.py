@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from model.attention import matmul_attention
 from model.block import CausalWanBlock
 from model.causal_wan import CausalWanModel
+from pipeline.data.clips import place_of
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.text import encode_text
 from pipeline.train import generator
@@ -117,8 +118,8 @@ def test_phases_choose_stills_and_crops_from_the_start(config):
     config.train.phases = [PhaseConfig(2, 1, 1), PhaseConfig(2, 2, 1)]
     stage = TeacherStage(config, CPU, World())
     assert stage.batch(1, [5])["latents"].shape[2] == 1 and stage.batch(2, [5])["latents"].shape[2] == 2
-    still = stage.clips.data.stills.clip_of(1, 5)
-    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stage.clips.data.stills[still])
+    stills = stage.clips.data.stills
+    assert torch.equal(stage.batch(0, [5])["latents"][0].half(), stills[place_of(len(stills), 1, 5)])
 
 
 def test_dropped_prompts_become_the_negative_prompt(config):

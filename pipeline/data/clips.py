@@ -210,10 +210,6 @@ class LatentClips:
     def frames(self) -> int:
         return self.shape[1]
 
-    def clip_of(self, seed: int, sample_index: int) -> int:
-        """Which clip training sample `sample_index` shows: every clip once per epoch, in an order of its own."""
-        return place_of(len(self), seed, sample_index)
-
 
 def place_of(count: int, seed: int, sample_index: int) -> int:
     """Which of `count` items training sample `sample_index` is: each once per epoch, every epoch in its own order."""

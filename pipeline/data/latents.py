@@ -19,6 +19,7 @@ from pipeline.data.clips import (
     SpriteClips,
     StoryClips,
     data_folder,
+    place_of,
     vae_mark,
     write_clips,
 )
@@ -96,7 +97,7 @@ class LatentData:
             source = self.stories
         if frames > source.frames:
             raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
-        clip = source.clip_of(seed, index)
+        clip = place_of(len(source), seed, index)
         latents, record = source[clip][:, :frames], source.records[clip]
         if self.stories is None:
             return TrainingClip(latents, [record["caption"]])
