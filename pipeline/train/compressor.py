@@ -16,13 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS, embedded_tokens
 from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.flow import ClipStage
 from pipeline.train.method import method
-from pipeline.train.roles import load_student
-from pipeline.train.text import TextConditioning
 from utils.choices import CompressedKV, Sharding
 from utils.config import Config, ConfigError
 from utils.distributed import World
@@ -32,6 +29,8 @@ from utils.rng import keyed_generator
 @method("compressor")
 class CompressorStage(ClipStage):
     """The compressor of the model that `model` names; the rest of it stays as it is."""
+
+    from_student = True
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -47,9 +46,6 @@ class CompressorStage(ClipStage):
         super().__init__(config, device, world)
         self.transformer.requires_grad_(False)
         self.transformer.pack_compressor.requires_grad_(True)
-
-    def start(self, config: Config, text: TextConditioning, device: torch.device, channels: int) -> CausalWanModel:
-        return load_student(config, text, device, channels)
 
     def loss(self, role: str, batch: dict[str, Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean squared distance of the tokens of every chunk from the averages, over these averages' variance."""

@@ -18,8 +18,7 @@ from pipeline.generate.sampler import guided
 from pipeline.train.flow import HIGH_NOISE, ClipStage, mean_where
 from pipeline.train.generator import Generator
 from pipeline.train.method import method
-from pipeline.train.roles import check_student, load_student
-from pipeline.train.text import TextConditioning
+from pipeline.train.roles import check_student
 from utils.config import Config, require
 from utils.distributed import World
 from utils.rng import keyed_generator
@@ -28,6 +27,8 @@ from utils.rng import keyed_generator
 @method("consistency")
 class ConsistencyStage(ClipStage):
     """Student, its EMA as target, and the frozen AR-diffusion teacher; all start as the model that `model` names."""
+
+    from_student = True
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -42,9 +43,6 @@ class ConsistencyStage(ClipStage):
         self.teacher, target = (_frozen_copy(self.transformer, device) for _ in range(2))
         self.target = Generator(target)
         self.targets, self.frozen = {"generator": self.target}, {"teacher": self.teacher}
-
-    def start(self, config: Config, text: TextConditioning, device: torch.device, channels: int) -> CausalWanModel:
-        return load_student(config, text, device, channels)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """As for AR diffusion, with the grid point [B] that a sample's chunks share in place of their timesteps."""

@@ -25,7 +25,7 @@ from pipeline.train.generator import GeneratorStage
 from pipeline.train.losses import flow_loss
 from pipeline.train.method import method
 from pipeline.train.plan import StepPlan
-from pipeline.train.roles import load_causal, load_text, load_wan, prepare
+from pipeline.train.roles import load_causal, load_student, load_text, load_wan, prepare
 from pipeline.train.text import TextConditioning
 from pipeline.train.through_cache import flows_through_cache, loss_shares
 from utils.choices import DataKind, LossWeighting, Sharding
@@ -157,10 +157,10 @@ def mean_where(errors: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 class ClipStage(GeneratorStage):
-    """A stage on cached clips, in `clips`; of its own are a `loss` and, as `start`, a model. `per_chunk`: as
-    `FlowMatching` has it."""
+    """A stage on cached clips, in `clips`, with a `loss` of its own. `per_chunk`: as `FlowMatching` has it;
+    `from_student`: the model is the one that `model` names."""
 
-    per_chunk = True
+    per_chunk, from_student = True, False
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -178,7 +178,9 @@ class ClipStage(GeneratorStage):
     def start(
         self, config: Config, text: TextConditioning, device: torch.device, channels: int
     ) -> WanTransformer3DModel:
-        """The model as training begins: `train.init_from`'s, or random, of `model`'s shape for these latents."""
+        """The model as training begins: else `train.init_from`'s, or random, of `model`'s shape for these latents."""
+        if self.from_student:
+            return load_student(config, text, device, channels)
         sizes = {"in_channels": channels, "out_channels": channels, "text_dim": text.text_dim}
         settings, path = transformer_settings(config) | sizes, config.train.init_from
         if path is None:
