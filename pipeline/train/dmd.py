@@ -106,7 +106,7 @@ class DMDStage(GeneratorStage):
         self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
         paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher
         self.teacher, self.critic = (
-            load_score(path, key, self.transformer, config, self.text, device, frozen=key == "dmd.teacher")
+            load_score(path, key, self.transformer, config, device, frozen=key == "dmd.teacher")
             for path, key in zip(paths, ("dmd.teacher", "dmd.critic"), strict=True)
         )
         self.teacher.requires_grad_(False).eval()

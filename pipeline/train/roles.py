@@ -69,7 +69,11 @@ def load_student(
     Raises `ConfigError` where it does not fit the text encoder, or latents of `channels` channels to train on.
     """
     model = prepare(load_transformer(config), config, device).train()
-    _check_text(model, text, "model.bundle")
+    if model.config.text_dim != text.text_dim:
+        raise ConfigError(
+            f"setting `model.bundle`: the model expects prompt embeddings {model.config.text_dim} wide, those of "
+            f"train.text_from or data.text_embeddings are {text.text_dim} wide"
+        )
     if channels not in (None, model.config.in_channels):
         raise ConfigError(
             f"setting `model.bundle`: the model has {model.config.in_channels} latent channels, the training data "
@@ -103,15 +107,17 @@ def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
         raise ConfigError(f"setting `{key}`: {error}") from error
 
 
-def load_score(path: str | None, key: str, student: CausalWanModel, config: Config, text: TextConditioning,
-               device: torch.device, frozen: bool) -> WanTransformer3DModel:  # fmt: skip
-    """A bidirectional Wan DiT of any size that sees the student's latents and prompts, float32; in mixed precision a
-    frozen one is in the bfloat16 that autocast would make of it at every call, at half the memory.
+def load_score(
+    path: str | None, key: str, student: CausalWanModel, config: Config, device: torch.device, frozen: bool
+) -> WanTransformer3DModel:
+    """A bidirectional Wan DiT of any size, float32; in mixed precision a frozen one is in the bfloat16 that autocast
+    would make of it at every call, at half the memory. That it sees the student's latents and prompts, the stage's
+    `check` has made sure.
 
     With `model.random_init` (benchmarks) it needs no weights: they are random, of the shape that a config.json in the
     folder names, or without a folder of the student's.
 
-    Raises `ConfigError`, naming setting `key`, where there is none or it does not fit.
+    Raises `ConfigError`, naming setting `key`, where there is none.
     """
     dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
     if config.model.random_init and path is None:
@@ -122,12 +128,6 @@ def load_score(path: str | None, key: str, student: CausalWanModel, config: Conf
         model = random_model(WanTransformer3DModel, read_shape(folder / "config.json"), config.seed)
     else:
         model = load_wan(path, key)
-    if model.config.in_channels != student.config.in_channels:
-        raise ConfigError(
-            f"setting `{key}` is {path}: a model of {model.config.in_channels} latent channels, the student has "
-            f"{student.config.in_channels}"
-        )
-    _check_text(model, text, key)
     return prepare(model, config, device, dtype, trains=not frozen)
 
 
@@ -156,11 +156,3 @@ def attention_operators() -> list[torch._ops.OpOverload]:
     names = (name.split("::") for name in ATTENTION)
     packets = (getattr(getattr(torch.ops, library), name, None) for library, name in names)
     return [packet.default for packet in packets if packet is not None]
-
-
-def _check_text(model: WanTransformer3DModel, text: TextConditioning, key: str) -> None:
-    if model.config.text_dim != text.text_dim:
-        raise ConfigError(
-            f"setting `{key}`: the model expects prompt embeddings {model.config.text_dim} wide, those of "
-            f"train.text_from or data.text_embeddings are {text.text_dim} wide"
-        )
