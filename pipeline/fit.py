@@ -32,7 +32,7 @@ def check_memory(config: Config, part: str, world: World, device: torch.device) 
     if device.type != "cuda" or weights < SMALL:
         return
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
-    found = from_main(estimated(config, part, world, memory) if world.is_main else None, world)
+    found = from_main(lambda: estimated(config, part, world, memory), world)
     if found is None:
         return
     highest = max(found["phases"], key=lambda row: row["memory_gib"])

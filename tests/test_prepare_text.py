@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_and_prompts_can_be_added(run, tmp_path, monkeypat
 def test_ranks_share_the_work(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(text_embeddings, "SHARD_PROMPTS", 1)
     monkeypatch.setattr(text_embeddings, "barrier", lambda world: None)
-    monkeypatch.setattr(shards, "from_main", lambda item, world: item)
+    monkeypatch.setattr(shards, "from_main", lambda make, world: make())
     (tmp_path / "config.yaml").write_text(CONFIG)
     config = load_config(tmp_path / "config.yaml", [f"model.bundle={bundle}"])
     tokenizer, encoder = load_text_encoder(config, CPU, torch.float32)

@@ -239,7 +239,7 @@ def test_ranks_share_the_work_and_a_killed_run_goes_on(write, tmp_path, monkeypa
     skipped = write(tmp_path / "alone")
     assert skipped.keys() == {"broken.mp4", "short.mp4", "silent.mp4"}
     monkeypatch.setattr(shards, "barrier", lambda world: None)  # one rank after the other, in this process
-    monkeypatch.setattr(shards, "from_main", lambda item, world: item)
+    monkeypatch.setattr(shards, "from_main", lambda make, world: make())
     both = tmp_path / "both"
     assert write(both, World(0, 2)) == {}
     assert [path.name for path in shards.shard_paths(both)] == ["shard-00000.safetensors", "shard-00002.safetensors"]

@@ -4,15 +4,18 @@
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.config import ConfigError
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,20 @@ def largest(value: int, world: World) -> int:
     return int(held)
 
 
-def from_main(item: object, world: World) -> object:
-    """The first rank's `item`, on every rank."""
+def from_main(make: Callable[[], Item], world: World) -> Item:
+    """What `make` gives on the first rank, on every rank; the `ConfigError` that it raises there likewise."""
     if world.size == 1:
-        return item
-    items = [item]
-    dist.broadcast_object_list(items)
-    return items[0]
+        return make()
+    found = [None, None]
+    if world.is_main:
+        try:
+            found[0] = make()
+        except ConfigError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise ConfigError(found[1])
+    return found[0]
 
 
 def from_all(item: object, world: World) -> list:

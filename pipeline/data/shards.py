@@ -91,25 +91,20 @@ class ShardWriter:
     def __init__(self, folder: Path, kind: str, made_by: Mapping[str, Any], shards: int | None, world: World):
         self.folder, self.world, self.shards = folder, world, shards
         plan = {"format": FORMAT, "kind": kind, "shards": shards, **made_by}
-        problem = from_main(self._keep_to(plan) if world.is_main else None, world)
-        if problem is not None:
-            raise ConfigError(problem)
+        from_main(lambda: self._keep_to(plan), world)
 
-    def _keep_to(self, plan: dict[str, Any]) -> str | None:
-        """What is wrong with the folder, if anything is."""
+    def _keep_to(self, plan: dict[str, Any]) -> None:
+        """Raise `ConfigError` where that cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / PLAN).is_file():
                 write_json(self.folder / PLAN, plan)
             stored = read_plan(self.folder, plan["kind"], "the same command")
         except OSError as error:
-            return f"folder {self.folder}: cannot be written ({error.strerror})"
-        except ConfigError as error:
-            return str(error)
-        changed = [key for key in (*plan, *stored) if stored.get(key) != plan.get(key)]
-        if not changed:
-            return None
-        return f"folder {self.folder} was made with another `{changed[0]}`: remove it or name another one"
+            raise ConfigError(f"folder {self.folder}: cannot be written ({error.strerror})") from error
+        for key in (*plan, *stored):
+            if stored.get(key) != plan.get(key):
+                raise ConfigError(f"folder {self.folder} was made with another `{key}`: remove it or name another one")
 
     def share(self) -> list[int]:
         """Numbers of the shards that this rank has to write: of the missing ones, every `world.size`-th."""

@@ -208,21 +208,15 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The checkpoint to go on from. Damaged ones that are newer are named in the log and set aside. Raises
         `ConfigError` where none is whole."""
-        found: tuple[Path | None, str | None] = None, None
-        if self.world.is_main:
-            try:
-                path, damaged = newest_whole(self.folder)
-                found = path, None
-                for each, problem in damaged.items():
-                    aside = self._move(each, f"{_DAMAGED}{each.name}")
-                    log.warning("checkpoint %s is damaged, now %s: %s", each, aside.name, problem)
-                if damaged:
-                    log.warning("going back to %s", path)
-            except ConfigError as error:
-                found = None, str(error)
-        path, error = from_main(found, self.world)
-        if error is not None:
-            raise ConfigError(error)
+        return from_main(self._newest, self.world)
+
+    def _newest(self) -> Path | None:
+        path, damaged = newest_whole(self.folder)
+        for each, problem in damaged.items():
+            aside = self._move(each, f"{_DAMAGED}{each.name}")
+            log.warning("checkpoint %s is damaged, now %s: %s", each, aside.name, problem)
+        if damaged:
+            log.warning("going back to %s", path)
         return path
 
     def _move(self, source: Path, name: str) -> Path:
