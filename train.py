@@ -43,7 +43,7 @@ def train(config: Config, arguments: argparse.Namespace) -> None:
     from utils.lock import locked
 
     save = not arguments.no_save
-    with rank() as (device, world):
+    with rank(config.train.threads) as (device, world):
         check_run(config, world, logdir, save)
         if not arguments.no_estimate:
             check_memory(config, "train", world, device)
@@ -52,8 +52,6 @@ def train(config: Config, arguments: argparse.Namespace) -> None:
             barrier(world)  # the others go on only once the folder is the first rank's
             if world.is_main:
                 (logdir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            if config.train.threads is not None:
-                torch.set_num_threads(config.train.threads)
             torch.manual_seed(config.seed)
             if world.is_main:
                 log.info("%s: loading models and data", config.train.stage)

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from pipeline.bundle import check_bundle
@@ -229,8 +228,6 @@ def work(tasks: list[Task], world: World, page_videos: int) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     tasks = plan(arguments)
-    if tasks[0].config.inference.threads is not None:
-        torch.set_num_threads(tasks[0].config.inference.threads)
     with rank() as (_, world):
         work(tasks, world, arguments.page_videos)
 

@@ -177,9 +177,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def run(config: Config, arguments: argparse.Namespace) -> None:
     check_positive(arguments, "repeats")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    with rank() as (device, world), tempfile.TemporaryDirectory() as folder:
+    with rank(config.train.threads) as (device, world), tempfile.TemporaryDirectory() as folder:
         if config.model.random_init:
             config = stand_ins(config, Path(folder))
         result = bench(config, arguments.repeats, device, world, Path(folder) / "run")

@@ -32,9 +32,7 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
     check_student(config)
     grid_points(config)  # a student's step off the grid shows before a model is loaded
     vae = vae_shape_of(vae_folder(config))
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    with rank() as (device, world):
+    with rank(config.train.threads) as (device, world):
         text = load_text(config, device)
         data = PromptData.load(config, vae.channels, device, world)
         model = place(load_student(config, text, device, vae.channels).eval(), device, torch.float32)

@@ -99,8 +99,6 @@ def run(config: Config, arguments: argparse.Namespace) -> None:
         pipe.encode_ahead([arguments.prompt, config.sampler.negative_prompt])
         pipe.register_modules(text_encoder=None)
     elif config.model.random_init and video is None:
-        if config.inference.threads is not None:
-            torch.set_num_threads(config.inference.threads)
         pipe = pipeline_of(config, runtime)
         model = pipe.transformer
         embeds = torch.randn(1, min(8, model.config.text_len), model.config.text_dim)

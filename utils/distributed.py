@@ -65,9 +65,11 @@ def leave_world(world: World) -> None:
 
 
 @contextmanager
-def rank() -> Iterator[tuple[torch.device, World]]:
-    """This process as one of a program's ranks: its device, a GPU where there is one, and its place. Raises
-    `ConfigError` as `join_world` does."""
+def rank(threads: int | None = None) -> Iterator[tuple[torch.device, World]]:
+    """This process as one of a program's ranks: its device, a GPU where there is one, and its place. `threads`: of the
+    CPU; None: torch's default. Raises `ConfigError` as `join_world` does."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = join_world(device)
     try:

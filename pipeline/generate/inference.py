@@ -59,7 +59,10 @@ class Runtime:
 
 
 def resolve_runtime(config: Config) -> Runtime:
-    """`auto` settings made definite. Raises `ConfigError` for a device, dtype or backend that is not there."""
+    """`auto` settings made definite, and the threads of a CPU set. Raises `ConfigError` for a device, dtype or backend
+    that is not there."""
+    if config.inference.threads is not None:
+        torch.set_num_threads(config.inference.threads)
     need, name, dtype = partial(require, config), config.inference.device, config.inference.dtype
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,8 +128,6 @@ def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
 def load_pipeline(config: Config, runtime: Runtime) -> PackForcingPipeline:
     """The pipeline that a config describes; the transformer first, so that a wrong checkpoint shows before the text
     encoder is loaded. Raises `ConfigError`."""
-    if config.inference.threads is not None:
-        torch.set_num_threads(config.inference.threads)
     log.info("loading the models of %s", config.model.bundle)
     transformer = load_model(config, runtime)
     place_of, offload = home(config, runtime), config.inference.offload
