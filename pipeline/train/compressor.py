@@ -21,7 +21,7 @@ from pipeline.generate.sampler import few_step_timesteps
 from pipeline.train.flow import ClipStage
 from pipeline.train.method import method
 from utils.choices import CompressedKV, Sharding
-from utils.config import Config, ConfigError
+from utils.config import Config, require
 from utils.distributed import World
 from utils.rng import keyed_generator
 
@@ -35,12 +35,10 @@ class CompressorStage(ClipStage):
     @classmethod
     def check(cls, config: Config) -> None:
         super().check(config)
-        kind, sharding = config.cache.compressor.kind, config.train.sharding
-        if not COMPRESSORS[kind].trainable:
-            raise ConfigError(f"setting `cache.compressor.kind` is {kind}: it has nothing to train; take hr_spatial")
-        if sharding != Sharding.none:
-            raise ConfigError(f"setting `train.sharding` is {sharding.value}: the compressor runs alone here and is "
-                              "small; set it to none")  # fmt: skip
+        kind = COMPRESSORS[config.cache.compressor.kind]
+        require(config, "cache.compressor.kind", kind.trainable, "it has nothing to train; take hr_spatial")
+        require(config, "train.sharding", config.train.sharding == Sharding.none,
+                "the compressor runs alone here and is small; set it to none")  # fmt: skip
 
     def __init__(self, config: Config, device: torch.device, world: World):
         super().__init__(config, device, world)

@@ -34,7 +34,7 @@ from pipeline.train.prompt_data import PromptData, Script, story_script
 from pipeline.train.reach import attends_mid, check_mid_is_reached, inert
 from pipeline.train.roles import check_student, load_score, load_student, load_text
 from utils.choices import Reshard
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import World
 from utils.rng import keyed_generator, keyed_randn
 from utils.timing import part
@@ -66,11 +66,10 @@ class DMDStage(GeneratorStage):
         super().check(config)
         check_student(config)
         told, window = config.data.stories, config.video.trained_frames // config.video.frames_per_chunk
-        if told.count and told.chunks <= window:
-            raise ConfigError(f"setting `data.stories.chunks` is {told.chunks}: the last takes the {window} chunks "
-                              "of video.trained_frames; a story needs more")  # fmt: skip
-        if told.count and not config.data.num_clips:
-            raise ConfigError("setting `data.num_clips` is 0: clips of one shot say what latents should look like")
+        require(config, "data.stories.chunks", not told.count or told.chunks > window,
+                f"the last takes the {window} chunks of video.trained_frames; a story needs more")  # fmt: skip
+        require(config, "data.num_clips", not told.count or config.data.num_clips,
+                "clips of one shot say what latents should look like")  # fmt: skip
         student = transformer_settings(config)
         for key, path in (("dmd.teacher", config.dmd.teacher), ("dmd.critic", config.dmd.critic)):
             if path is None and (config.model.random_init or key == "dmd.critic"):

@@ -13,7 +13,7 @@ import torch
 from pipeline.data.clips import place_of
 from pipeline.data.latents import LatentData
 from pipeline.data.prompts import data_prompts, read_prompts
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, require
 from utils.distributed import World
 from utils.sprites.story import draw_length, sample_cut_story
 from utils.sprites.world import caption
@@ -122,8 +122,7 @@ class PromptData:
         Raises `ConfigError` for a file or folder that is not there, or latents of other than `channels` channels.
         """
         if config.data.kind == "prompts":
-            if config.data.path is None:
-                raise ConfigError("setting `data.path` is not set: name a file with one prompt per line")
+            require(config, "data.path", config.data.path, "name a file with one prompt per line")
             return cls(read_prompts(config.data.path), LatentReference.of_vae(channels))
         # Single frames have nothing to teach here, and stories need no latents.
         config = replace(config, data=replace(config.data, num_stills=0, stories=StoryConfig()))
