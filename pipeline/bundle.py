@@ -80,11 +80,6 @@ def _warn_of_untrained_size(config: Config) -> None:
             log.warning("video.%s is %d: %s was trained on %d; expect worse videos", name, now, index.parent, then)
 
 
-def vae_shape(config: Config) -> VAEShape:
-    """Read from the bundle, without loading the VAE. Raises `ConfigError`."""
-    return vae_shape_of(bundle_part(config, "vae"))
-
-
 def vae_shape_of(folder: Path) -> VAEShape:
     """What the config in a VAE's folder says. Raises `ConfigError`."""
     stored = read_json(folder / "config.json")
@@ -104,7 +99,7 @@ def vae_shape_of(folder: Path) -> VAEShape:
 
 
 def _check_sizes(config: Config) -> None:
-    shape, vae = transformer_settings(config), vae_shape(config)
+    shape, vae = transformer_settings(config), vae_shape_of(bundle_part(config, "vae"))
     text_dim = read_json(bundle_part(config, "text_encoder") / "config.json").get("d_model")
     apart = "model.bundle and model.checkpoint do not belong together"
     if vae.channels != shape["in_channels"]:

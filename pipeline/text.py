@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from utils.config import ConfigError
 from utils.sprites.world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
 log = logging.getLogger(__name__)
@@ -90,14 +89,8 @@ def sprite_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def check_heads(text_dim: int, num_heads: int) -> None:
-    if text_dim % num_heads:
-        raise ConfigError(f"setting `model.text_heads` is {num_heads}: must divide model.text_dim={text_dim}")
-
-
 def small_text_encoder(vocab_size: int, text_dim: int, num_layers: int, num_heads: int) -> UMT5EncoderModel:
-    """A fresh UMT5 encoder of width `text_dim`; raises `ConfigError` where the heads do not divide it."""
-    check_heads(text_dim, num_heads)
+    """A fresh UMT5 encoder of width `text_dim`, which the heads must divide."""
     config = UMT5Config(
         vocab_size=vocab_size,
         d_model=text_dim,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.convert import diffusers_to_wan
 from model.weights import CheckpointError
-from pipeline.bundle import check_bundle, transformer_settings, vae_shape, write_model_index
+from pipeline.bundle import check_bundle, transformer_settings, vae_shape_of, write_model_index
 from pipeline.generate.pipeline import PackForcingPipeline
 from pipeline.load import load_text_encoder, load_transformer, load_vae, place
 from tests import tiny
@@ -148,9 +148,9 @@ def test_place_keeps_what_wan_needs_in_float32(configure):
     assert model.scale_shift_table.dtype == torch.float32
 
 
-def test_vae_shape(configure, bundle):
+def test_vae_shape(bundle):
     edit(bundle / "vae" / "config.json", scale_factor_spatial=None)  # left out by older configs
-    shape = vae_shape(configure())
+    shape = vae_shape_of(bundle / "vae")
     assert (shape.channels, shape.temporal_stride, shape.spatial_stride) == (4, 4, 8)
     assert shape.frames(1) == 1 and shape.frames(21) == 81
     assert [shape.latent_frames(frames) for frames in (1, 2, 5, 6, 81)] == [1, 2, 2, 3, 21]

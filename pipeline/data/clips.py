@@ -206,10 +206,6 @@ class LatentClips:
         """float16 [C, F, H, W]. Raises IndexError past the last clip."""
         return self._shards[clip]["latents"]
 
-    @property
-    def frames(self) -> int:
-        return self.shape[1]
-
 
 def place_of(count: int, seed: int, sample_index: int) -> int:
     """Which of `count` items training sample `sample_index` is: each once per epoch, every epoch in its own order."""

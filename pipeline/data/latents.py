@@ -71,21 +71,9 @@ class LatentData:
         return cls(*map(loaded.get, ("clips", "stills", "stories")), encoder, config)
 
     @property
-    def _any(self) -> LatentClips:
-        return self.stories if self.clips is None else self.clips
-
-    @property
-    def frames(self) -> int:
-        return self._any.frames
-
-    @property
-    def channels(self) -> int:
-        return self._any.shape[0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Latent height and width."""
-        return self._any.shape[-2:]
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a clip, else of a story."""
+        return (self.stories if self.clips is None else self.clips).shape
 
     def sample(self, seed: int, index: int, frames: int) -> TrainingClip:
         """The first `frames` latent frames of the clip or story that sample `index` shows. A crop starts at latent
@@ -95,8 +83,8 @@ class LatentData:
         source = self.stills if frames == 1 and self.stills is not None else self.clips
         if self.stories is not None and (source is None or share < told.share):
             source = self.stories
-        if frames > source.frames:
-            raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.frames}")
+        if frames > source.shape[1]:
+            raise ConfigError(f"a training phase wants {frames} latent frames; the clips have {source.shape[1]}")
         clip = place_of(len(source), seed, index)
         latents, record = source[clip][:, :frames], source.records[clip]
         if self.stories is None:

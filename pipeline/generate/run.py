@@ -10,13 +10,14 @@ import diffusers
 import transformers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipeline.bundle import check_bundle, vae_shape
+from pipeline.bundle import check_bundle, vae_shape_of
 from pipeline.data.prompt_files import PromptItem
 from pipeline.data.schedule import timeline
 from pipeline.fit import check_memory
 from pipeline.generate.inference import VideoMaker, check_cache, load_pipeline, resolve_runtime, weight_hashes
 from pipeline.generate.jobs import is_finished, plan
 from pipeline.generate.sampler import SAMPLERS
+from pipeline.sources import bundle_part
 from pipeline.vae_shape import VAEShape
 from utils.config import Config, ConfigError, require
 from utils.distributed import barrier, described_world, from_all, join_world, leave_world
@@ -48,7 +49,7 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
     _quiet_libraries()
     SAMPLERS[config.sampler.kind]  # an unknown one shows here
     check_bundle(config)
-    vae = vae_shape(config)
+    vae = vae_shape_of(bundle_part(config, "vae"))
     if seconds is not None:
         config.inference.num_output_frames = latent_frames(seconds, config, vae)
     runtime = resolve_runtime(config)

@@ -50,13 +50,15 @@ class FlowMatching:
         self.plan = StepPlan(config, world.size)
         self.schedule = FlowMatchSchedule(config.train.shift)
         self.data = LatentData.load(config, device, world)
-        self.latent_shape = (self.data.channels, *self.data.size)
+        channels, frames, *size = self.data.shape
+        self.latent_shape = (channels, *size)
         if per_chunk:
-            check_chunks(config, self.data.frames)
+            check_chunks(config, frames)
 
     def frames(self, step: int) -> int:
         """Latent frames of the clips at a step."""
-        return (self.plan.phase(step) or self.data).frames
+        phase = self.plan.phase(step)
+        return self.data.shape[1] if phase is None else phase.frames
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
         """latents, noise [B, C, F, H, W] float32, timestep and shares of the loss [B, G] (G 1, or a group a chunk),

@@ -21,7 +21,6 @@ from pipeline.generate.sampler import SAMPLERS, check_commit
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import random_model
 from pipeline.sources import need_folder, vae_folder
-from pipeline.text import check_heads
 from pipeline.train.compiled import compile_blocks
 from pipeline.train.export import save_exported, swapped_in
 from pipeline.train.method import Stage, Weights
@@ -54,10 +53,10 @@ class GeneratorStage(Stage):
         COMPRESSORS[config.cache.compressor.kind]  # an unknown one shows here
         SAMPLERS[config.sampler.kind]
         check_commit(config.sampler, config.cache)
-        if config.train.text_from is None and config.data.text_embeddings is None:  # a small encoder is trained along
-            check_heads(config.model.text_dim, config.model.text_heads)
-        even = config.model.attention_head_dim % 2 == 0
-        require(config, "model.attention_head_dim", even, "must be even (rotary)")
+        model, given = config.model, config.train.text_from or config.data.text_embeddings  # else text is trained along
+        require(config, "model.text_heads", given or model.text_dim % model.text_heads == 0,
+                f"must divide model.text_dim={model.text_dim}")  # fmt: skip
+        require(config, "model.attention_head_dim", model.attention_head_dim % 2 == 0, "must be even (rotary)")
         vae_shape_of(vae_folder(config)).size(config.video)
 
     @classmethod

@@ -127,8 +127,8 @@ class PromptData:
         # Single frames have nothing to teach here, and stories need no latents.
         config = replace(config, data=replace(config.data, num_stills=0, stories=StoryConfig()))
         data = LatentData.load(_reference_only(config), device, world)
-        if data.channels != channels:
-            raise ConfigError(f"setting `data.path`: its latents have {data.channels} channels, the model {channels}")
+        if data.shape[0] != channels:
+            raise ConfigError(f"setting `data.path`: its latents have {data.shape[0]} channels, the model {channels}")
         reference = LatentReference.of_clips(islice(data.clips, REFERENCE_CLIPS))
         return cls(data_prompts(config), reference)
 
