@@ -82,26 +82,19 @@ def measure(config: Config, part: str, world: World, exact: bool = False, most_l
     return [parts.Phase.between(a, b, factor) for a, b in zip(*found, strict=True)]
 
 
-def exits_mean(config: Config, label: str) -> float:
-    """Denoising steps of a rollout at training's mean over those that were run."""
-    from scripts.estimate_parts import ran_steps
-
-    return (len(config.sampler.steps) + 1) / 2 / ran_steps(config) if label.endswith("/denoise") else 1.0
-
-
 def summary(config: Config, part: str, phases: list, device: Device, reserve: float) -> dict:
     """What the table and the JSON line show."""
-    from scripts.estimate_parts import ran_micros
+    from scripts.estimate_parts import ran_micros, ran_steps
     from utils.fakecuda.count import WAITED
+
+    # Denoising steps of a rollout at training's mean, over those that were run.
+    exits = (len(config.sampler.steps) + 1) / 2 / ran_steps(config) if part == "train" else 1.0
+
+    def total(values: dict[str, float]) -> float:
+        return sum(value * (exits if label.endswith("/denoise") else 1.0) for label, value in values.items())
 
     rows = []
     for phase in phases:
-        share = {label: exits_mean(config, label) if part == "train" else 1.0 for label in
-                 {*phase.moved, *(x for kind in phase.flops.values() for x in kind)}}  # fmt: skip
-
-        def total(values, share=share):
-            return sum(share[label] * value for label, value in values.items())
-
         matmul, attention = (total(phase.flops.get(kind, {})) for kind in ("matmul", "attention"))
         seconds = {"matmul": matmul / device.matmul / 1e12, "attention": attention / device.attention / 1e12,
                    "elementwise": total(phase.moved) / device.bandwidth / 1e12}  # fmt: skip

@@ -59,15 +59,10 @@ class Phase:
 
     @classmethod
     def of(cls, name: str, counts: Counts) -> "Phase":
-        made = cls(
-            name,
-            {label: held for label, (_, held) in counts.highest.items()},
-            {kind: dict(found) for kind, found in counts.flops.items()},
-            dict(counts.moved),
-            dict(counts.by_operation),
-            {kind: list(found) for kind, found in counts.comm.items()},
-            dict(counts.syncs),
-        )
+        highest = {label: held for label, (_, held) in counts.highest.items()}
+        flops = {kind: dict(found) for kind, found in counts.flops.items()}
+        others = (dict(found) for found in (counts.moved, counts.by_operation, counts.comm, counts.syncs))
+        made = cls(name, highest, flops, *others)
         counts.new_phase()
         return made
 
