@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from pipeline.bundle import check_bundle
 from pipeline.data.schedule import Prompt
-from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import load_pipeline, resolve_runtime
 from pipeline.generate.inputs import NoiseSource, Prompts, prompt_noise
 from pipeline.generate.pipeline import PackForcingPipeline
+from pipeline.generate.sampler import sample_clip
 from pipeline.generate.vae_stream import StreamingDecoder
 from pipeline.load import load_library_model
 from utils.config import Config, ConfigError

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.schedule import NUM_TIMESTEPS
-from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inputs import Prompts
+from pipeline.generate.sampler import sample_clip
 from utils.config import SamplerConfig
 
 

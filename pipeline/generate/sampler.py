@@ -1,4 +1,4 @@
-"""Samplers: how a chunk's noise becomes its clean latents. Each is one function of tensors.
+"""Samplers: how the noise of a chunk, or of a clip, becomes clean latents. Each is one function of tensors.
 
 Shapes: latents, noise and flow [B, C, F, H, W], float32.
 """
@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from model.schedule import FlowMatchSchedule
+from pipeline.generate.inputs import Prompts
 from utils.choices import Commit, CompressedKV, Refresh
 from utils.config import CacheConfig, ConfigError, SamplerConfig
 from utils.registry import Registry
@@ -85,3 +86,22 @@ def euler(
         latents = scheduler.step(flow(latents, timestep.item(), False), timestep, latents, return_dict=False)[0]
         latents = after(step, timestep.item(), latents)
     return latents
+
+
+@torch.no_grad()
+def sample_clip(
+    model: WanTransformer3DModel, noise: torch.Tensor, prompts: Prompts, sampler: SamplerConfig
+) -> torch.Tensor:
+    """A whole clip at once by a bidirectional DiT, as the teacher of distillation sees it: Euler steps of the flow ODE
+    with classifier-free guidance, whatever `sampler.kind`; noise -> normalised latents. Raises ValueError where the
+    sampler guides and `prompts` has no negative embeddings."""
+    embeds = prompts.branches(sampler.guidance)  # [B or 2B, n, text_dim]
+    branches = len(embeds) // len(noise)
+
+    def flow(latents: torch.Tensor, timestep: float, train: bool) -> torch.Tensor:
+        repeated = torch.cat([latents] * branches).to(model.dtype)  # [B or 2B, C, F, H, W]
+        at = torch.full((len(embeds),), timestep, device=noise.device)
+        flow = model(repeated, at, embeds.to(model.dtype), return_dict=False)[0].float()
+        return flow if branches == 1 else guided(*flow.chunk(2), sampler.guidance)
+
+    return euler(flow, lambda step: noise, sampler, FlowMatchSchedule(sampler.shift))

@@ -16,9 +16,9 @@ from torch import nn
 from model.schedule import NUM_TIMESTEPS, FlowMatchSchedule
 from pipeline.bundle import transformer_settings, vae_shape_of
 from pipeline.data.latents import LatentData
-from pipeline.generate.bidirectional import sample_clip
 from pipeline.generate.inference import check_cache
 from pipeline.generate.inputs import Prompts
+from pipeline.generate.sampler import sample_clip
 from pipeline.load import random_model
 from pipeline.sources import vae_folder
 from pipeline.train.generator import GeneratorStage
