@@ -12,6 +12,7 @@ import torch
 
 from model.cache.precision import Kept, keep
 from model.sequence import Ranks
+from utils.config import CacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,19 +24,15 @@ class Archive:
     """K, V of compressed chunks per layer, what selection scores them by, and what a trained compressor made them of.
 
     Args:
-        capacity: chunks that may be selected from; None: all. `auto`: as many as the memory holds, and at most 1024.
+        config: `mid_capacity` chunks may be selected from, K, V in `mid_dtype`; they wait on `archive_device`.
         pending: further chunks that are kept, as they have not left the recent part yet.
         like: compressed K of a chunk [B, N_c, heads, D], of one of `layers` layers.
-        device: where K, V and latents wait.
-        precision: of K and V, a name of `precision.PRECISIONS`; None: that of the model.
         ranks: that make the video, each with heads of its own; they select from the same chunks.
     """
 
-    def __init__(
-        self, capacity: int | str | None, pending: int, layers: int, like: torch.Tensor, device: str,
-        precision: str | None, ranks: Ranks | None = None,
-    ):  # fmt: skip
-        self.device, self.layers = torch.device(device), layers
+    def __init__(self, config: CacheConfig, pending: int, layers: int, like: torch.Tensor, ranks: Ranks | None):
+        self.device, self.layers = torch.device(config.archive_device), layers
+        capacity, precision = config.mid_capacity, config.mid_dtype
         if capacity == "auto":
             capacity = auto_capacity(2 * layers * keep(like, precision).nbytes, self.device)
             capacity = capacity if ranks is None else min(ranks.from_all(capacity))

@@ -99,11 +99,7 @@ class PackCache(CacheState):
             own = self.mid_rotation(0.0, key.device)
             means = self._at_true_time(self.scored_means([key for key, _ in mid], own), chunk)
         if self.archive is None:
-            config = self.config
-            self.archive = Archive(
-                config.mid_capacity, self.layout.recent, len(mid), key, config.archive_device, config.mid_dtype,
-                self.ranks,
-            )  # fmt: skip
+            self.archive = Archive(self.config, self.layout.recent, len(mid), key, self.ranks)
         seen = [x for x in (kv.latents, kv.low_res) if x is not None] if self.compressor.trainable else []
         self.archive.write(chunk - self.layout.sink, mid, means, seen)
 
