@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from pipeline.train.method import Stage
 from pipeline.train.parallel import global_norm, local
 from utils.choices import OptimizerKind
-from utils.train_config import OptimizerConfig
+from utils.train_config import OptimizerConfig, TrainConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -49,27 +50,18 @@ CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class RoleState:
-    """Everything that changes when a role is updated, apart from its gradients. An EMA is kept from step `ema_start` on
-    (None: none is); `target`, for a stage that runs it: a copy of `module` that holds the EMA from the start; `parts`:
-    modules inside `module` whose gradients and updates are measured on their own."""
+    """Everything that changes when a role of a stage is updated, apart from its gradients. An EMA is kept from step
+    `ema_start` on (None: none is), or from the start in the role's target, where the stage runs one."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: OptimizerConfig,
-        max_steps: int,
-        ema_decay: float,
-        ema_start: int | None,
-        target: nn.Module | None = None,
-        parts: dict[str, nn.Module] | None = None,
-    ):
-        self.module, self.config, self.max_steps = module, config, max_steps
-        self.ema_decay, self.ema_start, self.parts = ema_decay, ema_start, parts or {}
-        self.optimizers = build_optimizers(module, config)
+    def __init__(self, stage: Stage, role: str, train: TrainConfig):
+        self.module, self.parts = stage.modules[role], stage.parts(role)
+        self.config, self.max_steps = stage.optimizer(role) or train.optimizer, train.max_steps
+        self.ema_decay, self.ema_start = train.ema_decay, train.ema_start_step if stage.keeps_ema(role) else None
+        self.optimizers = build_optimizers(self.module, self.config)
         self.ema: dict[str, torch.Tensor] | None = None
-        if target is not None:
-            held = dict(target.named_parameters())
-            self.ema = {name: held[name].detach() for name, p in module.named_parameters() if p.requires_grad}
+        if role in stage.targets:
+            held = dict(stage.targets[role].named_parameters())
+            self.ema = {name: held[name].detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -58,19 +58,13 @@ class Trainer:
         self.plan = StepPlan(config, world.size)
         self.sharded = prepare_stage(stage, config, world, device)
         self.meter = FlopMeter([*stage.modules.values(), *stage.targets.values(), *stage.frozen_modules()], device)
-        self.states = {role: self._new_state(role) for role in stage.modules}
+        self.states = {role: RoleState(stage, role, train) for role in stage.modules}
         self.step = 0
         self.skipped = 0  # steps without an update, over the whole run
         self.bad_in_a_row = dict.fromkeys(stage.modules, 0)  # updates of a role that were left out one after another
         self.checkpoints = Checkpoints(logdir / "checkpoints", train.keep_checkpoints, to_yaml(config), world, device)
         self.saved_step = self._resume()  # of the last checkpoint
         tracker.start(self.step)
-
-    def _new_state(self, role: str) -> RoleState:
-        stage, train = self.stage, self.config.train
-        ema_start = train.ema_start_step if stage.keeps_ema(role) else None
-        return RoleState(stage.modules[role], stage.optimizer(role) or train.optimizer, train.max_steps,
-                         train.ema_decay, ema_start, stage.targets.get(role), stage.parts(role))  # fmt: skip
 
     def ema(self) -> Weights | None:
         """EMA weights of the roles, once they exist."""
