@@ -103,11 +103,7 @@ class DMDStage(GeneratorStage):
         if student.pack_compressor is not None:
             student.pack_compressor.requires_grad_(config.dmd.train_compressor)
         self.prompts = PromptData.load(config, self.latent_shape[0], device, world)
-        paths = config.dmd.teacher, config.dmd.critic or config.dmd.teacher
-        self.teacher, self.critic = (
-            load_score(path, key, self.transformer, config, device, frozen=key == "dmd.teacher")
-            for path, key in zip(paths, ("dmd.teacher", "dmd.critic"), strict=True)
-        )
+        self.teacher, self.critic = (load_score(config, role, student, device) for role in ("teacher", "critic"))
         self.teacher.requires_grad_(False).eval()
         self.modules = {"critic": self.critic.train(), **self.modules}
         self.frozen = {"teacher": self.teacher}

@@ -107,18 +107,17 @@ def load_causal(path: str | None, key: str, **settings: Any) -> CausalWanModel:
         raise ConfigError(f"setting `{key}`: {error}") from error
 
 
-def load_score(
-    path: str | None, key: str, student: CausalWanModel, config: Config, device: torch.device, frozen: bool
-) -> WanTransformer3DModel:
-    """A bidirectional Wan DiT of any size, float32; in mixed precision a frozen one is in the bfloat16 that autocast
-    would make of it at every call, at half the memory. That it sees the student's latents and prompts, the stage's
-    `check` has made sure.
+def load_score(config: Config, role: str, student: CausalWanModel, device: torch.device) -> WanTransformer3DModel:
+    """`dmd.teacher`, or `dmd.critic`, which without a folder of its own starts as the teacher: a bidirectional Wan DiT
+    of any size, float32; in mixed precision the teacher is in the bfloat16 that autocast would make of it at every
+    call, at half the memory. That it sees the student's latents and prompts, the stage's `check` has made sure.
 
     With `model.random_init` (benchmarks) it needs no weights: they are random, of the shape that a config.json in the
     folder names, or without a folder of the student's.
 
-    Raises `ConfigError`, naming setting `key`, where there is none.
+    Raises `ConfigError`, naming the setting, where there is none.
     """
+    path, key, frozen = getattr(config.dmd, role) or config.dmd.teacher, f"dmd.{role}", role == "teacher"
     dtype = torch.bfloat16 if frozen and config.train.mixed_precision == "bf16" else torch.float32
     if config.model.random_init and path is None:
         model = random_model(WanTransformer3DModel, dict(student.config), config.seed)
