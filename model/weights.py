@@ -10,6 +10,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -150,10 +151,8 @@ def _diffusers_names(raw: dict[str, torch.Tensor], source: str | Path) -> dict[s
     for name, tensor in raw.items():
         key = stripped[name]
         if from_wan:
-            try:
+            with suppress(KeyError):  # kept, so that the strict load names it
                 key = wan_to_diffusers(key)
-            except KeyError:  # kept, so that the strict load names it
-                key = stripped[name]
         if key in weights:
             raise CheckpointError(f"checkpoint {source}: two parameters are called {key} once prefixes are removed")
         weights[key] = tensor
