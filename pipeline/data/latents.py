@@ -49,7 +49,6 @@ class LatentData:
     clips: LatentClips | None
     stills: LatentClips | None
     stories: LatentClips | None
-    vae_folder: Path
     config: Config
 
     @classmethod
@@ -68,7 +67,7 @@ class LatentData:
         loaded = {name: LatentClips(root / name) for name in sources}
         for name, clips in loaded.items():
             _check_latents(clips, root / name, encoder, config)
-        return cls(*map(loaded.get, ("clips", "stills", "stories")), encoder, config)
+        return cls(*map(loaded.get, ("clips", "stills", "stories")), config)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -98,7 +98,7 @@ class DMDStage(GeneratorStage):
         check_mid_is_reached(config.cache, longest_told, (config.video.frames_per_chunk, *size))
         text = load_text(config, device)
         student = load_student(config, text, device)
-        super().__init__(config, device, student, text, vae_folder(config), (student.config.in_channels, *size))
+        super().__init__(config, device, student, text, (student.config.in_channels, *size))
         self.new_cache()  # raises where its settings do not fit the model
         if student.pack_compressor is not None:
             student.pack_compressor.requires_grad_(config.dmd.train_compressor)

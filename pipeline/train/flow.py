@@ -175,7 +175,7 @@ class ClipStage(GeneratorStage):
         text = load_text(config, device)
         self.clips = FlowMatching(config, device, world, text, self.per_chunk)
         model = self.start(config, text, device, self.clips.latent_shape[0])
-        super().__init__(config, device, model, text, self.clips.data.vae_folder, self.clips.latent_shape)
+        super().__init__(config, device, model, text, self.clips.latent_shape)
 
     def start(
         self, config: Config, text: TextConditioning, device: torch.device, channels: int

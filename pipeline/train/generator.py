@@ -43,8 +43,7 @@ class Generator(nn.Module):
 
 class GeneratorStage(Stage):
     """A stage whose role "generator" is sampled and exported; chunk by chunk, as at inference, unless `generate` says
-    otherwise. The trainer moves its modules to the device. `latent_shape`: (C, H, W) of a latent frame; `vae_folder`
-    holds the VAE that decodes samples."""
+    otherwise. The trainer moves its modules to the device. `latent_shape`: (C, H, W) of a latent frame."""
 
     kind: type[WanTransformer3DModel] = CausalWanModel
 
@@ -69,10 +68,11 @@ class GeneratorStage(Stage):
 
     def __init__(
         self, config: Config, device: torch.device, transformer: WanTransformer3DModel, text: TextConditioning,
-        vae_folder: Path, latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, int, int],
     ):  # fmt: skip
         self.config, self.device = config, device
-        self.transformer, self.text, self.vae_folder, self.latent_shape = transformer, text, vae_folder, latent_shape
+        self.transformer, self.text, self.latent_shape = transformer, text, latent_shape
+        self.vae_folder = vae_folder(config)  # of the VAE that decodes samples
         self.modules = {"generator": Generator(transformer, text.encoder if text.trainable else None)}
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from model.schedule import FlowMatchSchedule
 from pipeline.data.clips import place_of
-from pipeline.sources import need_folder, vae_folder
+from pipeline.sources import need_folder
 from pipeline.train.flow import mean_where
 from pipeline.train.generator import GeneratorStage
 from pipeline.train.method import method
@@ -41,7 +41,7 @@ class ODEStage(GeneratorStage):
         _, latents, _ = self.trajectories[0]
         text = load_text(config, device)
         student = load_student(config, text, device, latents.shape[0])
-        super().__init__(config, device, student, text, vae_folder(config), (latents.shape[0], *latents.shape[2:]))
+        super().__init__(config, device, student, text, (latents.shape[0], *latents.shape[2:]))
         self.schedule = FlowMatchSchedule(config.sampler.shift)
 
     def batch(self, step: int, sample_indices: Sequence[int]) -> dict[str, Any]:
