@@ -14,6 +14,7 @@ from dmd_by_hand import INDICES, drawn, flow_of, generated, generator_gradient, 
 from safetensors.torch import load_file, save_file
 from toy import randn
 
+from pipeline.load import read_scheduler
 from pipeline.sources import require_training_files
 from pipeline.train.dmd import DMDStage
 from pipeline.train.prompt_data import LatentReference
@@ -243,8 +244,9 @@ def test_what_is_logged(root, tmp_path):
 
 
 def test_exported_bundle_generates(root, tmp_path):
-    stage = make_stage(root, "dmd")
+    stage = make_stage(root, "dmd", "sampler.shift=4", "train.shift=3")
     stage.export(tmp_path / "bundle", None)
+    assert read_scheduler(tmp_path / "bundle").config.shift == 4  # that of the rollouts
     student = make_stage(root, "dmd", f"model.bundle={tmp_path}/bundle", f"train.text_from={tmp_path}/bundle",
                          f"data.vae={tmp_path}/bundle/vae")  # fmt: skip
     for name, value in student.transformer.state_dict().items():

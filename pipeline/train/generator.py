@@ -12,6 +12,7 @@ from torch import nn
 from model.cache.cache import PackCache
 from model.causal_wan import CausalWanModel
 from model.compressor import COMPRESSORS
+from model.schedule import FlowMatchSchedule
 from pipeline.bundle import pipeline_settings, read_shape, transformer_settings, vae_shape_of, write_model_index
 from pipeline.data.prompts import sample_prompts
 from pipeline.generate.inputs import NoiseSource, Prompts, prompt_noise
@@ -113,12 +114,15 @@ class GeneratorStage(Stage):
         decoder = StreamingDecoder(self.decoder_vae) if cache.needs_pixels else None
         return Rollout(self.transformer, cache, sampler, prompts, noise, decoder=decoder, **options)
 
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """Of its rollouts and samples, and of those who load its bundle."""
+        return FlowMatchEulerDiscreteScheduler(shift=FlowMatchSchedule(self.config.sampler.shift).shift)
+
     def generate(self, noise: NoiseSource, prompts: Prompts, step: int) -> torch.Tensor:
         """`noise` as a rollout takes it and P prompts -> latents [P, C, F, H, W]."""
         config, train = self.config, self.config.train
         settings = pipeline_settings(config)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=train.shift)
-        pipe = PackForcingPipeline(None, None, self.decoder_vae, scheduler, self.transformer, **settings)
+        pipe = PackForcingPipeline(None, None, self.decoder_vae, self.scheduler(), self.transformer, **settings)
         latent_frames = max(train.sample_frames, train.sample_long_frames)
         chunks = pipe.stream(
             prompt_embeds=prompts.embeds, negative_prompt_embeds=prompts.negative, noise=noise,
@@ -163,7 +167,7 @@ class GeneratorStage(Stage):
             self.text.save(folder)
         if folder is None:
             return
-        FlowMatchEulerDiscreteScheduler(shift=self.config.train.shift).save_pretrained(folder / "scheduler")
+        self.scheduler().save_pretrained(folder / "scheduler")
         shutil.copytree(self.vae_folder, folder / "vae", dirs_exist_ok=True)
         if (folder / "tokenizer").is_dir():
             write_model_index(folder, self.config)
