@@ -29,7 +29,7 @@ class Story:
 
     def __init__(self, chunks, weights=None):
         self.chunks, self.weights = chunks, weights
-        self.frames, self.channels, self.size = chunks * CHUNK, CHANNELS, SIZE
+        self.shape = (CHANNELS, chunks * CHUNK, *SIZE)
 
     def sample(self, seed, index, frames):
         captions = [WORDS[(index + chunk) % len(WORDS)] for chunk in range(self.chunks)]
