@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from inference_packforcing import main
+from pipeline.generate.inference import Runtime, load_model
 from pipeline.generate.jobs import what_was_made
 from pipeline.generate.together import given
 from pipeline.train.checks import check_run
@@ -132,3 +133,8 @@ def test_pixels_that_ranks_are_given_are_compared():
 def test_training_refuses(tmp_path):
     with pytest.raises(ConfigError, match="parallel.sequence.*train.sharding"):
         check_run(Config(parallel=ParallelConfig(sequence=2)), World(), tmp_path, False)
+
+
+def test_a_program_without_ranks_refuses():
+    with pytest.raises(ConfigError, match="`parallel.sequence` is 2: no process group .* inference_packforcing.py"):
+        load_model(Config(parallel=ParallelConfig(sequence=2)), Runtime(torch.device("cpu"), torch.float32))

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from av.error import FFmpegError
 from diffusers import ContextParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -110,6 +111,8 @@ def home(config: Config, runtime: Runtime) -> torch.device:
 
 def load_model(config: Config, runtime: Runtime) -> CausalWanModel:
     """The causal DiT, ready to run: cast, placed, with the attention backend and compilation asked for."""
+    require(config, "parallel.sequence", config.parallel.sequence == 1 or dist.is_initialized(), "no process group is "
+            "there: inference_packforcing.py makes one, started with torchrun; other programs take 1")  # fmt: skip
     model = place(load_transformer(config), home(config, runtime), runtime.dtype)
     backend = config.inference.attention_backend or best_backend(runtime.device)
     try:
