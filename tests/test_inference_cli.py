@@ -110,6 +110,23 @@ def test_seconds_are_rounded_up_to_whole_chunks(arguments, tmp_path, caplog):
     assert "--seconds 1: 3 chunks, --num_output_frames 6, 21 frames at 16 fps, 1.31 s" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["cache.top_k=2"], None),  # 2 * (1 + 2 + 1 + 1) frames, as trained
+        (["cache.top_k=3"], "take 12 latent frames at packed positions, the model was trained on 10: videos may"),
+        (["cache.kind=sink", "cache.recent=3"], None),
+        (["cache.top_k=3", "cache.temporal=fit"], None),
+        (["cache.kind=window", "cache.recent=5"], "take 12 latent frames"),
+        (["cache.kind=full"], None),
+    ],
+)
+def test_a_history_longer_than_the_trained_clips_is_told(arguments, tmp_path, caplog, settings, said):
+    assert main(arguments(tmp_path, *settings, seconds="0.1")) == 0
+    told = [r.getMessage() for r in caplog.records if "packed positions" in r.getMessage()]
+    assert len(told) == (said is not None) and (said or "") in "".join(told)
+
+
 def test_checkpoint_and_flags_reach_the_run(arguments, finished, bundle, tmp_path):
     other = tiny.write_bundle(tmp_path / "other", seed=1)
     assert main(arguments(tmp_path / "out", checkpoint_path=other / "transformer", num_output_frames=2, **ONE)) == 0

@@ -15,7 +15,7 @@ from model.cache.state import CacheState
 from model.geometry import ChunkGeometry
 from model.kv import Pair, ReadyHistory, Room, choices_of
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise
-from utils.choices import CompressedKV, MidSpan, Refresh
+from utils.choices import CompressedKV, Refresh
 from utils.timing import timed
 
 
@@ -41,10 +41,8 @@ class ChunkContext:
         self.may_train = True  # a later forward may have a gradient
         self.keeps_query = cache.scores_recent  # at the chunk's commit
         frames = cache.geometry.frames
-        compressed = config.temporal == "packed" and config.mid_span == MidSpan.compressed
-        span = float(cache.mid_grid[0] if compressed else frames)
         counts = len(self.sink), len(self.recent), self.num_selected
-        self.times = cache.positions(Parts(self.chunk, frames, *counts, span, cache.fit_room))
+        self.times = cache.positions(Parts(self.chunk, frames, *counts, cache.mid_span, cache.fit_room))
         self.selection: dict[int, torch.Tensor] = {}  # ids chosen so far, by layer
         self._frozen: dict[tuple[int, bool], Frozen] = {}  # by layer, and whether a compressed chunk attended
         self._packed_rotation: Rotation | None = None

@@ -16,7 +16,7 @@ from model.geometry import ChunkGeometry
 from model.kv import SmallFrame
 from model.rope import Rotation, chunk_rotation, frame_times, grid_rotation, precise, time_rotation
 from model.sequence import Ranks
-from utils.choices import AtSwitch, CacheKind, QueryScope, SizeUnit
+from utils.choices import AtSwitch, CacheKind, MidSpan, QueryScope, SizeUnit
 from utils.config import CacheConfig, ConfigError
 
 UNBOUNDED = sys.maxsize
@@ -120,6 +120,20 @@ class CacheState:
     def fit_room(self) -> int:
         """Latent frames that `fit` leaves to the mid chunks."""
         return self.trained_frames - self.geometry.frames * (self.layout.sink + self.layout.recent + 1)
+
+    @property
+    def mid_span(self) -> float:
+        """Latent frames that a mid chunk takes where nothing shrinks it."""
+        compressed = self.config.temporal == "packed" and self.config.mid_span == MidSpan.compressed
+        return float(self.mid_grid[0] if compressed else self.geometry.frames)
+
+    @property
+    def packed_span(self) -> float | None:
+        """Latent frames that a chunk and all of its history take at packed positions; None for other caches."""
+        layout, other = self.layout, (CacheKind.full, CacheKind.deep_forcing)
+        if self.config.temporal != "packed" or self.config.kind in other:
+            return None
+        return self.geometry.frames * (layout.sink + layout.recent + 1) + layout.top_k * self.mid_span
 
     @property
     def needs_pixels(self) -> bool:

@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from tqdm import tqdm
 
 from model.attention import best_backend
-from model.cache.cache import CACHES
+from model.cache.cache import CACHES, PackCache
 from model.causal_wan import CausalWanModel
 from model.geometry import ChunkGeometry
 from model.sequence import PeerError, check_parts
@@ -83,14 +83,15 @@ def resolve_runtime(config: Config) -> Runtime:
     return Runtime(device, _DTYPES[dtype])
 
 
-def check_cache(config: Config, vae: VAEShape) -> None:
-    """Raise `ConfigError` where the cache's settings do not fit chunk or size; loads nothing."""
+def check_cache(config: Config, vae: VAEShape) -> PackCache:
+    """The empty cache; raises `ConfigError` where its settings do not fit chunk or size. Loads nothing."""
     check_commit(config.sampler, config.cache)
     settings = transformer_settings(config)
     size = (length // vae.spatial_stride for length in (config.video.height, config.video.width))
     geometry = ChunkGeometry(config.video.frames_per_chunk, *size)
-    CACHES[config.cache.kind](config.cache, geometry, settings["attention_head_dim"], config.video.trained_frames)
     check_parts(config.parallel.sequence, settings["num_attention_heads"], geometry.tokens)
+    head_dim = settings["attention_head_dim"]
+    return CACHES[config.cache.kind](config.cache, geometry, head_dim, config.video.trained_frames)
 
 
 def weight_hashes(config: Config) -> dict[str, str]:

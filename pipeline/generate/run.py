@@ -53,7 +53,11 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
     if seconds is not None:
         config.inference.num_output_frames = latent_frames(seconds, config, vae)
     runtime = resolve_runtime(config)
-    check_cache(config, vae)
+    span, trained = check_cache(config, vae).packed_span, config.video.trained_frames
+    if span is not None and span > trained:
+        log.warning("a chunk and its history take %g latent frames at packed positions, the model was trained on %d: "
+                    "videos may jump, then stand still (docs/experiments.md, static drift); use cache.temporal=fit, or "
+                    "less of cache.sink, cache.recent and cache.top_k", span, trained)  # fmt: skip
     folder = writable_folder(config.inference.output_folder, "output folder")
 
     size, ranks = described_world().size, config.parallel.sequence
