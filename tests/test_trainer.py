@@ -142,6 +142,7 @@ def test_checkpoints_are_whole_or_absent_and_the_last_are_kept(tmp_path):
     checkpoints, value = Checkpoints(tmp_path, 2, "", World()), torch.zeros(3)
     for step in (3, 4, 5):
         checkpoints.save(step, {"value": value}, {"step": step})
+        checkpoints.copied()
         value.fill_(step)  # training goes on while the copy is written
     checkpoints.finish()
     read_into(tmp_path / "step-00000005", {"value": value})
