@@ -54,16 +54,16 @@ def run_jobs(config: Config, items: list[PromptItem], seconds: float | None, est
         config.inference.num_output_frames = latent_frames(seconds, config, vae)
     runtime = resolve_runtime(config)
     span, trained = check_cache(config, vae).packed_span, config.video.trained_frames
-    if span is not None and span > trained:
-        log.warning("a chunk and its history take %g latent frames at packed positions, the model was trained on %d: "
-                    "videos may jump, then stand still (docs/experiments.md, static drift); use cache.temporal=fit, or "
-                    "less of cache.sink, cache.recent and cache.top_k", span, trained)  # fmt: skip
     folder = writable_folder(config.inference.output_folder, "output folder")
 
     size, ranks = described_world().size, config.parallel.sequence
     require(config, "parallel.sequence", size % ranks == 0, f"the ranks, {size} here, must be a multiple of it; start "
             f"with torchrun --nproc_per_node={ranks}")  # fmt: skip
     world = join_world(runtime.device, timeout=LONGEST)
+    if world.is_main and span is not None and span > trained:
+        log.warning("a chunk and its history take %g latent frames at packed positions, the model was trained on %d: "
+                    "videos may jump, then stand still (docs/experiments.md, static drift); use cache.temporal=fit, or "
+                    "less of cache.sink, cache.recent and cache.top_k", span, trained)  # fmt: skip
     try:
         if estimate:
             check_memory(config, "infer", world, runtime.device)
